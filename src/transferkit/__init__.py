@@ -1,0 +1,1 @@
+"""The transferkit package (namespace filled in lazily)."""

@@ -1,0 +1,162 @@
+"""timm's classification models: names, tags, head position, preprocessing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from transferkit.backbones._base import Backbone, fit_state_dict, read_state_dict
+from transferkit.exceptions import SettingError, WeightsError, closest
+from transferkit.preprocessing import Preprocessing
+
+__all__ = ["BUNDLED", "build", "bundled_path", "find_head_paths", "list_names", "load", "model_info", "preprocessing_of"]
+
+BUNDLED = "mobilenetv2_050"
+"""The architecture whose own pretrained weights ship inside transferkit (``weights="bundled"``)."""
+
+_BUNDLED_PREPROCESSING = Preprocessing(size=112, resize_size=128)
+
+
+@cache
+def list_names() -> tuple[str, ...]:
+    """Return the names of timm's architectures, without weight tags."""
+    return tuple(timm.list_models())
+
+
+def bundled_path() -> Path:
+    """Return the file of the bundled weights."""
+    return Path(__file__).with_name("bundled") / "model.safetensors"
+
+
+def find_head_paths(network: nn.Module) -> tuple[str, ...]:
+    """Return the dotted names of the classification layers, as timm's metadata states them.
+
+    Raises:
+        SettingError: The network has no classification layer that can be replaced.
+    """
+    stated = getattr(network, "pretrained_cfg", {}).get("classifier")
+    paths = (stated,) if isinstance(stated, str) else tuple(stated or ())
+    modules = dict(network.named_modules())
+    if not paths or not all(isinstance(modules.get(path), nn.Linear | nn.Conv2d) for path in paths):
+        raise SettingError(
+            f"timm's {type(network).__name__} states no linear or convolutional classifier "
+            f"(it states {stated!r}), so its head cannot be replaced"
+        )
+    return paths
+
+
+def preprocessing_of(network: nn.Module) -> Preprocessing:
+    """Read the preprocessing that timm resolves for the network's weights."""
+    config = resolve_data_config({}, model=network)
+    size = int(config["input_size"][-1])
+    return Preprocessing(
+        size=size,
+        resize_size=max(size, math.floor(size / config["crop_pct"])),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"] if config["interpolation"] in ("nearest", "bilinear") else "bicubic",
+        crop="squash" if config["crop_mode"] == "squash" else "center",
+    )
+
+
+def build(architecture: str, *, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build the native network with random weights and ``num_classes`` outputs; downloads nothing."""
+    return _create(architecture, pretrained=False, num_classes=num_classes, arguments=arguments)
+
+
+def _create(name: str, *, pretrained: bool, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+    except AssertionError as error:
+        raise SettingError(f"timm/{name} cannot be built with {dict(arguments)}: {error}") from error
+    return network
+
+
+def load(architecture: str, *, weights: str | Path | None, image_size: int | None) -> Backbone:
+    """Build ``architecture`` with pretrained weights; its own head is there to be replaced.
+
+    Args:
+        architecture: A timm name, with a tag or without: ``"convnext_atto"`` or ``"convnext_atto.d2_in1k"``.
+        weights: ``"default"`` (the name's tag, or timm's first), ``"bundled"``, another tag, a path, or ``None``.
+        image_size: Input side in pixels where it differs from the weights', or ``None``.
+
+    Raises:
+        WeightsError: The weights do not exist, cannot be downloaded, or do not fit.
+        SettingError: The network has no classifier, or cannot take pictures of ``image_size``.
+    """
+    bare, _, tag = architecture.partition(".")
+    arguments: dict[str, Any] = {}
+    if isinstance(weights, str) and weights not in ("default", "bundled"):
+        tag, weights = weights, "default"
+    config = _config(bare, tag)
+    if image_size is not None and config is not None and config.fixed_input_size:
+        arguments["img_size"] = image_size
+    name = f"{bare}.{tag}" if tag else bare
+    described: str | None = None
+    if weights == "default":
+        described = f"timm {bare}.{config.tag}" if config is not None and config.tag else f"timm {bare}"
+        network = _download(name, config, arguments)
+    else:
+        network = _create(name, pretrained=False, num_classes=_own_classes(config), arguments=arguments)
+    head_paths = find_head_paths(network)
+    preprocessing = preprocessing_of(network)
+    if weights == "bundled":
+        if bare != BUNDLED:
+            raise WeightsError(f"no bundled weights for timm/{bare}; they belong to timm/{BUNDLED}")
+        described, preprocessing = "transferkit bundled", _BUNDLED_PREPROCESSING
+        fit_state_dict(network, read_state_dict(bundled_path()), head_paths=head_paths, source=described)
+    elif isinstance(weights, Path):
+        described = str(weights)
+        fit_state_dict(network, read_state_dict(weights), head_paths=head_paths, source=described)
+    if image_size is not None:
+        preprocessing = preprocessing.resized(image_size)
+    return Backbone(f"timm/{name}", network, head_paths, preprocessing, described, arguments)
+
+
+def _config(bare: str, tag: str) -> Any:
+    """Return timm's metadata of one tag (the default one for ``""``)."""
+    known = [each.partition(".")[2] for each in timm.list_pretrained(f"{bare}.*") if each.partition(".")[0] == bare]
+    if tag and tag not in known:
+        offered = f"it has {', '.join(known)}" if known else "timm has no pretrained weights for it"
+        raise WeightsError(
+            f"no weights {tag!r} for timm/{bare}; {offered}; a path to a local state dict or None also works"
+            f"{closest(tag, known)}"
+        )
+    return get_pretrained_cfg(f"{bare}.{tag}" if tag else bare)
+
+
+def _download(name: str, config: Any, arguments: Mapping[str, Any]) -> nn.Module:
+    """Let timm fetch the weights, or find them in the hub's cache."""
+    if config is None or not config.has_weights:
+        raise WeightsError(f"timm has no pretrained weights for {name}; pass weights=PATH or weights=None")
+    try:
+        return _create(name, pretrained=True, num_classes=_own_classes(config), arguments=arguments)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(
+            f"the weights of timm/{name} could not be downloaded ({reason[:200]}); "
+            "pass weights=PATH to a local state dict, or weights=None for random weights"
+        ) from error
+
+
+def _own_classes(config: Any) -> int:
+    """Return how many classes the weights know; encoders without any get a head as wide as ImageNet's."""
+    return (config.num_classes if config is not None else 0) or 1000
+
+
+def model_info(architecture: str) -> tuple[int | None, int, str | None]:
+    """Return (parameters, input side in pixels, licence of the weights); builds the network without memory."""
+    config = _config(*architecture.partition(".")[::2])
+    with torch.device("meta"):
+        network = timm.create_model(architecture, pretrained=False)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return parameters, preprocessing_of(network).size, getattr(config, "license", None)

@@ -1,0 +1,133 @@
+"""torchvision's classification models: names, weights, head position, preprocessing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+from transferkit.backbones._base import Backbone, fit_state_dict, read_state_dict
+from transferkit.exceptions import SettingError, WeightsError, closest
+from transferkit.preprocessing import Preprocessing
+
+__all__ = ["build", "find_head_paths", "list_names", "load", "model_info"]
+
+_IMAGENET_CLASSES = 1000
+_VIT_SIZE = 224
+
+# Auxiliary classifiers are left out: without them both networks have one head and one output. Their pretrained
+# weights expect the re-normalisation that transform_input does inside the network.
+_BUILDER_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "transform_input": True},
+    "inception_v3": {"aux_logits": False, "transform_input": True},
+}
+
+
+@cache
+def list_names() -> tuple[str, ...]:
+    """Return the names of torchvision's classification models."""
+    return tuple(models.list_models(module=models))
+
+
+def _preset(architecture: str, entry: Any | None) -> Preprocessing:
+    """Read the preprocessing of one weights entry; without one, of the architecture's default entry."""
+    entry = entry if entry is not None else models.get_model_weights(architecture).DEFAULT
+    preset = entry.transforms()
+    size = preset.crop_size[0]
+    return Preprocessing(
+        size=size,
+        resize_size=max(size, preset.resize_size[0]),
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )
+
+
+def _entry(architecture: str, weights: str) -> Any:
+    """Return the weights enum member that a tag names."""
+    known = models.get_model_weights(architecture)
+    if weights == "default":
+        return known.DEFAULT
+    names = [member.name for member in known]
+    if weights not in names:
+        raise WeightsError(
+            f"no weights {weights!r} for torchvision/{architecture}; it has {', '.join(names)}, "
+            f"or a path to a local state dict, or None{closest(weights, names)}"
+        )
+    return known[weights]
+
+
+def find_head_paths(network: nn.Module) -> tuple[str, ...]:
+    """Return the dotted name of the classification layer, the one layer with as many outputs as ImageNet classes."""
+    return tuple(
+        path
+        for path, module in network.named_modules()
+        if _IMAGENET_CLASSES in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
+    )
+
+
+def build(architecture: str, *, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build the native network with random weights and ``num_classes`` outputs; downloads nothing."""
+    extra = {"init_weights": False} if architecture in _BUILDER_ARGUMENTS else {}
+    network: nn.Module = models.get_model(architecture, weights=None, num_classes=num_classes, **arguments, **extra)
+    return network
+
+
+def load(architecture: str, *, weights: str | Path | None, image_size: int | None) -> Backbone:
+    """Build ``architecture`` with pretrained weights; its own head is there to be replaced.
+
+    Args:
+        architecture: One of :func:`list_names`.
+        weights: ``"default"``, an enum member's name such as ``"IMAGENET1K_V2"``, a path, or ``None``.
+        image_size: Input side in pixels where it differs from the weights', or ``None``.
+
+    Raises:
+        WeightsError: The weights do not exist, cannot be downloaded, or do not fit.
+        SettingError: The network cannot take pictures of ``image_size``.
+    """
+    entry = None if weights is None or isinstance(weights, Path) else _entry(architecture, weights)
+    preprocessing = _preset(architecture, entry)
+    if image_size is not None:
+        preprocessing = preprocessing.resized(image_size)
+    arguments = dict(_BUILDER_ARGUMENTS.get(architecture, {}))
+    if architecture.startswith("vit_") and preprocessing.size != _VIT_SIZE:
+        arguments["image_size"] = preprocessing.size
+    try:
+        network = build(architecture, num_classes=_IMAGENET_CLASSES, arguments=arguments)
+    except AssertionError as error:  # torchvision asserts that the size is a multiple of the patch
+        raise SettingError(f"torchvision/{architecture} cannot take {image_size}-px pictures: {error}") from error
+    head_paths = find_head_paths(network)
+    described = None
+    if weights is not None:
+        described = str(weights) if entry is None else str(entry)
+        state = read_state_dict(Path(weights)) if entry is None else _download(architecture, entry)
+        if isinstance(network, VisionTransformer):
+            state = dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
+        fit_state_dict(network, state, head_paths=head_paths, source=described)
+    return Backbone(f"torchvision/{architecture}", network, head_paths, preprocessing, described, arguments)
+
+
+def _download(architecture: str, entry: Any) -> dict[str, Tensor]:
+    """Fetch a weights entry, or find it in torch's cache."""
+    try:
+        return dict(entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"the weights {entry} of torchvision/{architecture} could not be downloaded ({error}); "
+            "pass weights=PATH to a local state dict, or weights=None for random weights"
+        ) from error
+
+
+def model_info(architecture: str) -> tuple[int | None, int, str | None]:
+    """Return (parameters, input side in pixels, licence of the weights) from metadata, without building anything.
+
+    torchvision states no licence for its weights.
+    """
+    entry = models.get_model_weights(architecture).DEFAULT
+    return entry.meta.get("num_params"), _preset(architecture, entry).size, None

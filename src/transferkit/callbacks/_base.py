@@ -1,0 +1,86 @@
+"""The contract of callbacks: what the trainer calls, and when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transferkit.exceptions import closest
+
+if TYPE_CHECKING:
+    from transferkit.trainer import Trainer
+
+__all__ = ["HOOKS", "Callback"]
+
+HOOKS = (
+    "on_fit_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+    "on_fit_end",
+    "on_exception",
+)
+"""The hooks in the order in which they are called; the names are Lightning's."""
+
+
+class Callback:
+    """Something that happens at certain points of training. Every hook gets the trainer and may read all of it.
+
+    ``on_validation_end`` and later see the epoch's record as ``trainer.history.records[-1]``; setting
+    ``trainer.should_stop = True`` ends training after the epoch. A method whose name begins with ``on_`` but is no
+    hook fails when the class is defined, since it would never be called.
+
+    Raises:
+        TypeError: A subclass defines an unknown ``on_*`` method.
+
+    Example:
+        >>> class Shout(Callback):
+        ...     def on_epoch_end(self, trainer): print("done")
+        Traceback (most recent call last):
+        TypeError: Shout.on_epoch_end is no hook — did you mean 'on_train_epoch_end' or 'on_validation_end'?...
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse hooks that do not exist."""
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name.startswith("on_") and name not in HOOKS:
+                raise TypeError(
+                    f"{cls.__name__}.{name} is no hook{closest(name, HOOKS, count=2)}; the hooks are {', '.join(HOOKS)}"
+                )
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Before the first epoch; the model is on its device."""
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        """Before an epoch's first batch; the freeze policy has been applied."""
+
+    def on_train_batch_start(self, trainer: Trainer) -> None:
+        """Before a batch goes through the network."""
+
+    def on_train_batch_end(self, trainer: Trainer) -> None:
+        """After a batch, and after the optimizer's step where one was due."""
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """After the validation of an epoch; its record is complete."""
+
+    def on_train_epoch_end(self, trainer: Trainer) -> None:
+        """At the end of an epoch, after all callbacks have seen its validation."""
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """After the last epoch."""
+
+    def on_exception(self, trainer: Trainer) -> None:
+        """When training is broken off by an error or an interrupt, which is then raised again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the callback must remember across an interruption, as JSON values; nothing by default."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Args:
+            state: That dictionary.
+        """

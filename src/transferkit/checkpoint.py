@@ -1,0 +1,185 @@
+"""What a trained model is saved as: ``model.safetensors``, ``config.json`` and, after a run, ``history.csv``.
+
+The tensors have the native library's keys, and ``config.json`` is one that ``timm.create_model("local-dir:…")`` reads.
+Loading builds the network with random weights and fills them in: it downloads nothing and unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from transferkit.backbones import Backbone, build_network
+from transferkit.exceptions import ArtifactError, OutputError, TransferkitError
+from transferkit.heads import Head
+from transferkit.model import TransferModel
+from transferkit.preprocessing import Preprocessing
+
+__all__ = ["CONFIG", "HISTORY", "WEIGHTS", "load_artifact", "load_weights", "read_config", "save_artifact"]
+
+WEIGHTS, CONFIG, HISTORY = "model.safetensors", "config.json", "history.csv"
+_FORMAT = 1
+
+
+def save_artifact(
+    model: TransferModel, directory: str | os.PathLike[str], *, extra: dict[str, Any] | None = None
+) -> Path:
+    """Save a model so that transferkit, and where it is native its own library, can open it.
+
+    Each file is written beside its place and moved there whole.
+
+    Args:
+        model: What to save.
+        directory: Folder to write into; made if missing.
+        extra: More JSON values to keep under ``"run"`` in ``config.json``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: The folder cannot be written.
+
+    Source: timm ``save_for_hf`` for the layout of ``config.json``.
+    """
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / WEIGHTS, lambda path: save_file(_tensors(model.network), path, metadata={"format": "pt"}))
+        text = json.dumps(_config(model, extra), indent=2, ensure_ascii=False)
+        _write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(f"the model cannot be saved in {folder}: {error}") from error
+    return folder
+
+
+def _write(target: Path, write: Any) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        write(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory, so tied weights are written twice.
+    return {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+
+
+def _config(model: TransferModel, extra: dict[str, Any] | None) -> dict[str, Any]:
+    library, _, architecture = model.name.partition("/")
+    preprocessing = model.preprocessing
+    native = library in ("timm", "torchvision") and model.head.plain
+    return {
+        "architecture": architecture,
+        "num_classes": len(model.class_names),
+        "num_features": model.num_features,
+        "label_names": list(model.class_names),
+        "model_args": model.arguments,
+        "pretrained_cfg": {
+            "num_classes": len(model.class_names),
+            "input_size": [len(preprocessing.mean), preprocessing.size, preprocessing.size],
+            "fixed_input_size": "img_size" in model.arguments,
+            "interpolation": preprocessing.interpolation,
+            "crop_pct": preprocessing.size / preprocessing.resize_size,
+            "crop_mode": preprocessing.crop,
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "classifier": model.head_paths[0] if len(model.head_paths) == 1 else list(model.head_paths),
+        },
+        "transferkit": {
+            "format": _FORMAT,
+            "backbone": model.name,
+            "weights": model.weights,
+            "native": native,
+            "class_names": list(model.class_names),
+            "preprocessing": preprocessing.to_dict(),
+            "eval_transform": model.eval_preset,
+            "head": {"paths": list(model.head_paths), "dropout": model.head.dropout, "hidden_size": model.head.hidden_size},
+            "arguments": model.arguments,
+            "versions": {name: version(name) for name in ("transferkit", "torch", "torchvision", "timm")},
+        },
+        **({"run": extra} if extra else {}),
+    }
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check the ``config.json`` of a saved model.
+
+    Raises:
+        ArtifactError: The folder holds no saved model, or one that this version cannot read.
+    """
+    file = Path(directory) / CONFIG
+    if not file.is_file():
+        raise ArtifactError(f"{directory} holds no saved model: there is no {CONFIG} in it")
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+        own = config["transferkit"]
+        newer = own["format"] > _FORMAT
+        names = own["class_names"]
+        complete = isinstance(names, list) and all(isinstance(name, str) for name in names) and bool(names)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is no config of a model saved by transferkit ({error!r})") from error
+    if newer:
+        raise ArtifactError(f"{file} has format {own['format']}; this version reads up to {_FORMAT}: upgrade transferkit")
+    if not complete:
+        raise ArtifactError(f"{file} names no classes")
+    return dict(config)
+
+
+def load_artifact(directory: str | os.PathLike[str], *, network: nn.Module | None = None) -> TransferModel:
+    """Open a saved model, in eval mode.
+
+    Args:
+        directory: Folder that :func:`save_artifact` wrote.
+        network: For a model made from a module of your own: that module, built again, with its original head.
+
+    Raises:
+        ArtifactError: The folder holds no saved model, its files do not belong together, or ``network`` is missing.
+    """
+    config = read_config(directory)["transferkit"]
+    names = tuple(config["class_names"])
+    try:
+        name, head_paths = config["backbone"], tuple(config["head"]["paths"])
+        head = Head(len(names), dropout=config["head"]["dropout"], hidden_size=config["head"]["hidden_size"])
+        preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        arguments = dict(config["arguments"])
+        if network is None:
+            if name.startswith("module/"):
+                raise ArtifactError(
+                    f"{directory} was made from a module of your own ({name.removeprefix('module/')}); "
+                    "build it again and pass it as network="
+                )
+            network = build_network(name, num_classes=len(names), arguments=arguments)
+        backbone = Backbone(name, network, head_paths, preprocessing, config["weights"], arguments)
+        with torch.random.fork_rng(devices=[]):
+            model = TransferModel(backbone, class_names=names, head=head)
+        model.eval_preset = config["eval_transform"]
+    except ArtifactError:
+        raise
+    except (TransferkitError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"the model in {directory} cannot be rebuilt: {error}") from error
+    load_weights(model, directory)
+    return model.eval()
+
+
+def load_weights(model: TransferModel, directory: str | os.PathLike[str]) -> None:
+    """Fill a model of the same architecture with the weights of a saved one.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or does not fit.
+    """
+    file = Path(directory) / WEIGHTS
+    try:
+        model.network.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{file} does not hold the weights of this model: {reason}") from error

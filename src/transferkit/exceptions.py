@@ -1,0 +1,74 @@
+"""Every error transferkit raises on purpose: what was asked, what exists, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactError",
+    "DataError",
+    "OutputError",
+    "PictureError",
+    "SettingError",
+    "TransferkitError",
+    "UnknownModelError",
+    "UnknownStageError",
+    "WeightsError",
+    "closest",
+]
+
+
+class TransferkitError(Exception):
+    """Base of all errors that a user can mend; the terminal prints its one sentence and exits with 2."""
+
+
+class UnknownModelError(TransferkitError):
+    """No torchvision or timm classifier has the requested name."""
+
+
+class UnknownStageError(TransferkitError):
+    """The network has no stage of the requested name."""
+
+
+class WeightsError(TransferkitError):
+    """The weights do not exist, cannot be read safely, or do not fit the network."""
+
+
+class DataError(TransferkitError):
+    """The folder or data set cannot be used for classification as it is."""
+
+
+class PictureError(DataError):
+    """One picture cannot be read; the message names it."""
+
+
+class ArtifactError(TransferkitError):
+    """A saved model or its ``config.json`` is missing, damaged, or from a newer format."""
+
+
+class OutputError(TransferkitError):
+    """The output folder cannot be written, or already holds another run."""
+
+
+class SettingError(TransferkitError, ValueError):
+    """A setting is outside its range, or two settings exclude each other."""
+
+
+def closest(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """Say which known names are nearest to a mistyped one.
+
+    Args:
+        name: What the user wrote.
+        known: The names that exist.
+        count: How many names to offer at most.
+
+    Returns:
+        ``" — did you mean 'a' or 'b'?"``, or ``""`` when nothing is near.
+
+    Example:
+        >>> closest("layer3", ["stem", "stage3", "head"])
+        " — did you mean 'stage3'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f" — did you mean {' or '.join(repr(each) for each in near)}?" if near else ""

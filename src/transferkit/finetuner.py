@@ -1,0 +1,462 @@
+"""Fine-tuning in one object: data, model, training and results, with good defaults."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import to_pil_image
+
+from transferkit.callbacks import BestCheckpoint, Callback, CSVLogger, LRScheduler, Progress, UnfreezeLogger
+from transferkit.checkpoint import CONFIG, HISTORY, WEIGHTS, load_artifact, save_artifact
+from transferkit.data import from_datasets, image_folder, labelled_folder
+from transferkit.devices import PRECISIONS, choose_device
+from transferkit.exceptions import DataError, OutputError, SettingError
+from transferkit.freezing import FreezePolicy, policy_from_text
+from transferkit.history import History
+from transferkit.loading import loader
+from transferkit.metrics import evaluate_logits
+from transferkit.model import TransferModel, create_model
+from transferkit.optim import OptimizerFactory, build_optimizer, param_groups
+from transferkit.prediction import Pictures, Prediction, predict
+from transferkit.preprocessing import Preprocessing
+from transferkit.randomness import seeded
+from transferkit.recipes import Recipe, default_recipe
+from transferkit.schedules import Schedule, schedule_by_name
+from transferkit.sources import LabelledPictures, PictureData
+from transferkit.trainer import Trainer, collect_logits
+from transferkit.transforms import Transform, eval_transform, train_transform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Data", "Finetuner"]
+
+logger = logging.getLogger("transferkit")
+
+Data = str | os.PathLike[str] | PictureData | tuple[Any, Any]
+"""A picture folder, a :class:`PictureData`, or a pair of map-style data sets (train, val)."""
+
+
+@dataclass(kw_only=True)
+class Finetuner:
+    """Fine-tune a pretrained network on your own pictures.
+
+    Constructing stores the settings; :meth:`fit` reads the data, loads the network and trains. Settings left at
+    ``None`` follow the default recipe (:func:`default_recipe`).
+
+    Args:
+        backbone: ``"torchvision/resnet18"``, ``"timm/convnext_atto"``, a bare name, or an ``nn.Module`` of your own.
+        weights: As for :func:`create_model`.
+        epochs: Passes over the training pictures, 1 or more.
+        policy: A freeze policy, or ``"head"``, ``"full"``, ``"gradual"``, ``"until:STAGE"``, ``"last:N"``; ``None`` for
+            the recipe's: head first, then everything.
+        batch_size: Pictures per batch.
+        lr: Learning rate of the head at the top of the schedule; ``None`` for the recipe's.
+        weight_decay: Of weight matrices and kernels; ``None`` for the recipe's.
+        layer_decay: Factor of the lr from one stage to the one before it, above 0, at most 1; ``None`` for the recipe's.
+        optimizer: ``"adamw"``, ``"sgd"``, or a callable that takes parameter groups.
+        schedule: A schedule or its name; ``None`` for the recipe's.
+        image_size: Input side in pixels; ``None`` for the size of the weights.
+        preprocessing: Overrides that of the weights.
+        train_preset: ``"light"``, ``"imagenet"``, ``"cifar"``, ``"trivial_augment"``, ``"none"``, or a callable from a
+            picture to a tensor; ``None`` for the recipe's.
+        eval_preset: ``"imagenet"`` or ``"cifar"``.
+        dropout: Probability of dropping each of the head's inputs while training.
+        hidden_size: Width of a hidden layer in the head; ``None`` for a linear head.
+        label_smoothing: In [0, 1); ``None`` for the recipe's.
+        class_weights: One weight per class; ``"balanced"`` for weights inverse to the classes' shares; ``None``.
+        mixup: Alpha of mixup; 0 for none.
+        cutmix: Alpha of cutmix; 0 for none.
+        accumulate: Batches per optimizer step.
+        clip_grad_norm: Largest norm of the gradient; ``None`` for no limit.
+        monitor: What makes an epoch the best: ``"val_accuracy"``, ``"val_loss"`` or ``"train_loss"``.
+        val_fraction: Share held out for validation where the data has no split, in (0, 1).
+        seed: Of everything that is random, 0 or more.
+        output_dir: Folder for the best model and the history; ``None`` writes nothing.
+        overwrite: Whether a run that is already in ``output_dir`` may be replaced.
+        device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
+        precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        num_workers: Processes that read pictures; ``None`` for one per spare core, 8 at most.
+        callbacks: More callbacks, called after the built-in ones.
+        progress: Whether the plan, a progress bar and a line per epoch are shown on standard error.
+
+    Attributes:
+        model: The :class:`TransferModel` once fitted or loaded, else ``None``.
+        history: The :class:`History` of the run.
+        data: The :class:`PictureData` of the run, ``None`` after loading.
+
+    Raises:
+        SettingError: A setting is outside its range.
+
+    Example:
+        >>> tuner = Finetuner("torchvision/mobilenet_v2", epochs=5, policy="head", output_dir="runs/bees")
+        >>> tuner.recipe.policy
+        LinearProbe()
+    """
+
+    backbone: str | nn.Module = field(kw_only=False)
+    weights: str | os.PathLike[str] | None = "default"
+    epochs: int = 5
+    policy: FreezePolicy | str | None = None
+    batch_size: int = 32
+    lr: float | None = None
+    weight_decay: float | None = None
+    layer_decay: float | None = None
+    optimizer: str | OptimizerFactory = "adamw"
+    schedule: Schedule | str | None = None
+    image_size: int | None = None
+    preprocessing: Preprocessing | None = None
+    train_preset: str | Transform | None = None
+    eval_preset: str = "imagenet"
+    dropout: float = 0.0
+    hidden_size: int | None = None
+    label_smoothing: float | None = None
+    class_weights: Sequence[float] | str | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    monitor: str = "val_accuracy"
+    val_fraction: float = 0.2
+    seed: int = 0
+    output_dir: str | os.PathLike[str] | None = None
+    overwrite: bool = False
+    device: str | None = None
+    precision: str = "auto"
+    num_workers: int | None = None
+    callbacks: Sequence[Callback] = ()
+    progress: bool = True
+    model: TransferModel | None = field(default=None, init=False, repr=False)
+    history: History = field(default_factory=History, init=False, repr=False)
+    data: PictureData | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Validate what can be validated before the data and the network are known."""
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise SettingError(f"seed must be 0 or more, got {self.seed}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise SettingError(f"num_workers must be 0 or more, or None, got {self.num_workers}")
+        if not 0 < self.val_fraction < 1:
+            raise SettingError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+        if self.precision not in PRECISIONS:
+            raise SettingError(f"precision={self.precision!r}; it can be {', '.join(PRECISIONS)}")
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            raise SettingError(f"class_weights={self.class_weights!r}; it can be 'balanced', a list, or None")
+        BestCheckpoint(monitor=self.monitor)
+        probe = Preprocessing()
+        if self.train_preset is not None:
+            train_transform(self.train_preset, probe)
+        eval_transform(self.eval_preset, probe)
+        _ = self.recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """The default recipe with every setting that was given in its place."""
+        policy = policy_from_text(self.policy) if isinstance(self.policy, str) else self.policy
+        recipe = default_recipe(policy, self.epochs, lr=self.lr)
+        schedule = schedule_by_name(self.schedule) if isinstance(self.schedule, str) else self.schedule
+        return recipe.replaced(
+            schedule=schedule,
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            train_preset=self.train_preset,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def fit(self, data: Data) -> History:
+        """Train on labelled pictures; the best epoch's weights are in :attr:`model` afterwards.
+
+        Args:
+            data: A folder with ``train/`` and ``val/``, or one folder of class folders, which is split by seed; a
+                :class:`PictureData`; or a pair of map-style (image, label) data sets.
+
+        Returns:
+            The history, one record per epoch.
+
+        Raises:
+            DataError: The data cannot be used for classification.
+            OutputError: ``output_dir`` cannot be written, or holds another run.
+            UnknownModelError: No such backbone.
+            WeightsError: The weights do not exist or do not fit.
+            UnknownStageError: The policy names a stage that the network does not have.
+            SettingError: A setting does not go with the data or the network.
+        """
+        started = time.perf_counter()
+        self._claim_output()
+        self.data = self._read(data)
+        self.model = self._build(self.data)
+        recipe = self.recipe
+        preprocessing = self.model.preprocessing
+        train_batches = self._loader(self.data.train, train_transform(recipe.train_preset, preprocessing), train=True)
+        val_batches = self._loader(self.data.val, eval_transform(self.eval_preset, preprocessing), train=False)
+        groups = param_groups(
+            self.model, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+        )
+        optimizer = build_optimizer(self.optimizer, groups)
+        trainer = Trainer(
+            self.model,
+            optimizer,
+            policy=recipe.policy,
+            callbacks=self._callbacks(recipe),
+            seed=self.seed,
+            label_smoothing=recipe.label_smoothing,
+            class_weights=self._class_weights(self.data),
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            accumulate=self.accumulate,
+            clip_grad_norm=self.clip_grad_norm,
+            device=self.device,
+            precision=self.precision,
+        )
+        self._show_plan(recipe, optimizer)
+        self.history = trainer.history
+        trainer.fit(train_batches, val_batches, epochs=self.epochs)
+        if self.output_dir is not None and trainer.is_main_process:
+            run = {"settings": self.settings(), "best": self.history.best(self.monitor).to_dict()}
+            save_artifact(self.model, self.output_dir, extra={**run, "seconds": time.perf_counter() - started})
+        return self.history
+
+    def evaluate(self, data: str | os.PathLike[str] | Any) -> dict[str, Any]:
+        """Measure the model on labelled pictures.
+
+        Args:
+            data: A folder of class folders (mapped by name), one with ``val/`` in it, or a map-style data set.
+
+        Returns:
+            ``{"accuracy": 0 to 1, "loss": nats, "count", "per_class": {name: {"precision", "recall", "f1", "count"}}}``.
+
+        Raises:
+            DataError: The data cannot be used, or holds a class that the model does not know.
+            SettingError: The model is not trained or loaded yet.
+        """
+        model = self._trained()
+        source: LabelledPictures
+        if isinstance(data, str | os.PathLike):
+            source = labelled_folder(data, model.class_names)
+        else:
+            source = from_datasets(data, data, class_names=model.class_names).val
+        device = choose_device(self.device)
+        model.to(device)
+        batches = self._loader(source, eval_transform(model.eval_preset, model.preprocessing), train=False)
+        logits, labels = collect_logits(model.network, batches, device)
+        return evaluate_logits(logits, labels, model.class_names).to_dict()
+
+    def predict(self, pictures: Pictures) -> list[Prediction]:
+        """Classify pictures.
+
+        Args:
+            pictures: A file, a folder (searched through), a PIL image, or a list of these.
+
+        Returns:
+            One :class:`Prediction` per picture.
+
+        Raises:
+            DataError: A path does not exist, or there is no picture.
+            PictureError: A picture cannot be read.
+            SettingError: The model is not trained or loaded yet.
+        """
+        return predict(
+            self._trained(), pictures, batch_size=self.batch_size, device=choose_device(self.device)
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Save the model and the history; :meth:`load`, and the native library, open it.
+
+        Raises:
+            OutputError: The folder cannot be written.
+            SettingError: The model is not trained or loaded yet.
+        """
+        folder = save_artifact(self._trained(), directory, extra={"settings": self.settings()})
+        if len(self.history):
+            self.history.save_csv(folder / HISTORY)
+        return folder
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], *, network: nn.Module | None = None, **settings: Any) -> Self:
+        """Open a saved model. Nothing is downloaded and nothing unpickled.
+
+        Args:
+            directory: An output folder, or one that :meth:`save` wrote.
+            network: For a model made from a module of your own: that module, built again.
+            **settings: Settings of the new object, ``device="cpu"`` for example.
+
+        Raises:
+            ArtifactError: The folder holds no saved model, or its files do not belong together.
+        """
+        model = load_artifact(directory, network=network)
+        tuner = cls(model.name, weights=None, eval_preset=model.eval_preset, **settings)
+        tuner.model = model
+        history = Path(directory) / HISTORY
+        if history.is_file():
+            tuner.history = History.load_csv(history)
+        return tuner
+
+    def plot_history(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
+        """Draw loss and accuracy over the epochs.
+
+        Args:
+            path: Where to save the figure, ``.png``, ``.svg`` or ``.pdf``; ``None`` only returns it.
+            **options: As for :func:`transferkit.plots.plot_history`.
+
+        Raises:
+            SettingError: There is no history yet, or ``path`` has another extension.
+        """
+        from transferkit.plots import plot_history, save_figure
+
+        if self.model is not None and "unfreeze_epochs" not in options:
+            changes = self.recipe.policy.changes(self.model.stage_names, len(self.history))
+            options["unfreeze_epochs"] = [epoch + 1 for epoch in changes]
+        figure = plot_history(self.history.to_dicts(), **options)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
+
+    def plot_predictions(
+        self, path: str | os.PathLike[str] | None = None, *, count: int = 16, data: str | os.PathLike[str] | None = None
+    ) -> Figure:
+        """Draw labelled pictures with what the model says of them.
+
+        Args:
+            path: Where to save the figure, ``.png``, ``.svg`` or ``.pdf``; ``None`` only returns it.
+            count: How many pictures, drawn by seed.
+            data: A folder of class folders; ``None`` for the validation pictures of :meth:`fit`.
+
+        Raises:
+            SettingError: There is no model or no data yet, or ``path`` has another extension.
+        """
+        from transferkit.plots import PredictionView, plot_predictions, save_figure
+
+        model = self._trained()
+        if data is not None:
+            source: LabelledPictures = labelled_folder(data, model.class_names)
+        elif self.data is not None:
+            source = self.data.val
+        else:
+            raise SettingError("which pictures? give plot_predictions(data=FOLDER), since none were trained on here")
+        with seeded(self.seed, 4):
+            chosen = torch.randperm(len(source))[:count].tolist()
+        labelled = [source[index] for index in chosen]
+        images = [to_pil_image(image) if isinstance(image, Tensor) else image for image, _ in labelled]
+        views = [
+            PredictionView(image, said.label, said.confidence, model.class_names[label])
+            for image, said, (_, label) in zip(images, self.predict(images), labelled, strict=True)
+        ]
+        figure = plot_predictions(views)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that were given, as JSON values; objects are named in words."""
+        plain = (str, int, float, bool, type(None))
+        given = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.init and each.name not in ("output_dir", "overwrite", "progress")
+        }
+        return {name: value if isinstance(value, plain) else str(value)[:200] for name, value in given.items()}
+
+    def _claim_output(self) -> None:
+        """Make sure that the output folder can be written and holds no other run; remove one that may go."""
+        if self.output_dir is None:
+            return
+        folder = Path(self.output_dir)
+        mine = [name for name in (CONFIG, WEIGHTS, HISTORY) if (folder / name).exists()]
+        if mine and not self.overwrite:
+            raise OutputError(f"{folder} already holds a run ({mine[0]}); choose another folder, or overwrite it (--overwrite)")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in mine:
+                (folder / name).unlink()
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(f"the output folder {folder} cannot be written: {error}") from error
+
+    def _read(self, data: Data) -> PictureData:
+        if isinstance(data, PictureData):
+            return data
+        if isinstance(data, tuple):
+            if len(data) != 2:
+                raise DataError(f"a tuple of data sets must be (train, val), got {len(data)} elements")
+            return from_datasets(*data)
+        if not isinstance(data, str | os.PathLike):
+            raise DataError(
+                f"cannot fit a {type(data).__name__}; give a folder, a PictureData, or (train, val) data sets"
+            )
+        return image_folder(data, val_fraction=self.val_fraction, seed=self.seed)
+
+    def _build(self, data: PictureData) -> TransferModel:
+        with seeded(self.seed, 3):
+            model = create_model(
+                self.backbone,
+                class_names=data.class_names,
+                weights=self.weights,
+                dropout=self.dropout,
+                hidden_size=self.hidden_size,
+                image_size=self.image_size,
+                preprocessing=self.preprocessing,
+            )
+        model.eval_preset = self.eval_preset
+        return model
+
+    def _loader(self, source: LabelledPictures, transform: Transform, *, train: bool) -> DataLoader[tuple[Tensor, int]]:
+        workers = min(8, (os.cpu_count() or 1) - 1) if self.num_workers is None else self.num_workers
+        return loader(
+            source,
+            transform,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            train=train,
+            num_workers=min(workers, len(source) // self.batch_size),
+        )
+
+    def _callbacks(self, recipe: Recipe) -> list[Callback]:
+        callbacks: list[Callback] = [
+            LRScheduler(recipe.schedule),
+            BestCheckpoint(self.output_dir, monitor=self.monitor),
+            UnfreezeLogger(),
+        ]
+        if self.output_dir is not None:
+            callbacks.append(CSVLogger(Path(self.output_dir) / HISTORY))
+        if self.progress:
+            callbacks.append(Progress())
+        return [*callbacks, *self.callbacks]
+
+    def _class_weights(self, data: PictureData) -> Sequence[float] | None:
+        if not isinstance(self.class_weights, str):
+            return self.class_weights
+        counts = Counter(data.train.labels())
+        return [len(data.train) / (len(counts) * counts[label]) for label in range(len(data.class_names))]
+
+    def _show_plan(self, recipe: Recipe, optimizer: torch.optim.Optimizer) -> None:
+        if not self.progress or self.model is None or self.data is None:
+            return
+        from rich.console import Console
+
+        model, data = self.model, self.data
+        model.freeze(recipe.policy.frozen_stages(model.stage_names, 0))
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"{model.name}, {model.weights or 'random weights'}, {model.preprocessing.size} px")
+        console.print(f"{len(data.train)} training and {len(data.val)} validation pictures of {len(data.class_names)} classes")
+        console.print(f"{self.epochs} epochs, {recipe.policy}, {recipe.schedule}", markup=False)
+        console.print(model.summary(optimizer), markup=False)
+
+    def _trained(self) -> TransferModel:
+        if self.model is None:
+            raise SettingError("there is no model yet: call fit(DATA) first, or Finetuner.load(DIRECTORY)")
+        return self.model

@@ -1,0 +1,89 @@
+"""What a classifier is worth on labelled pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sklearn.metrics import precision_recall_fscore_support
+from torch import Tensor
+from torch.nn import functional as F
+
+from transferkit.exceptions import DataError
+
+__all__ = ["Evaluation", "evaluate_logits", "topk"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one evaluation.
+
+    Attributes:
+        accuracy: Share of pictures whose largest logit is the right class, 0 to 1.
+        loss: Mean cross-entropy in nats, without smoothing or class weights.
+        count: Number of pictures.
+        per_class: By class name: ``precision``, ``recall``, ``f1`` (0 to 1; 0 where undefined) and ``count``.
+    """
+
+    accuracy: float
+    loss: float
+    count: int
+    per_class: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"accuracy": self.accuracy, "loss": self.loss, "count": self.count, "per_class": self.per_class}
+
+
+def evaluate_logits(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluation:
+    """Compute accuracy, loss and per-class figures.
+
+    Args:
+        logits: (N, num_classes) float.
+        labels: (N,) int, indices into ``class_names``.
+        class_names: One name per class.
+
+    Raises:
+        DataError: There is no picture.
+
+    Source: scikit-learn ``precision_recall_fscore_support``.
+
+    Example:
+        >>> result = evaluate_logits(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 1, 1]), ["a", "b"])
+        >>> round(result.accuracy, 3), result.per_class["b"]["recall"], result.count
+        (0.667, 0.5, 3)
+    """
+    if len(labels) == 0:
+        raise DataError("there are no pictures to evaluate")
+    predicted = logits.argmax(1)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels.numpy(), predicted.numpy(), labels=range(len(class_names)), zero_division=0
+    )
+    return Evaluation(
+        accuracy=(predicted == labels).double().mean().item(),
+        loss=F.cross_entropy(logits.double(), labels).item(),
+        count=len(labels),
+        per_class={
+            name: {
+                "precision": float(precision[index]),
+                "recall": float(recall[index]),
+                "f1": float(f1[index]),
+                "count": int(support[index]),
+            }
+            for index, name in enumerate(class_names)
+        },
+    )
+
+
+def topk(probabilities: Tensor, class_names: Sequence[str], k: int) -> list[tuple[str, float]]:
+    """Return the ``k`` likeliest classes of one picture, likeliest first, as (name, probability).
+
+    Args:
+        probabilities: (num_classes,) float.
+        class_names: One name per class.
+        k: How many; more than there are classes gives all of them.
+    """
+    values, indices = torch.topk(probabilities, min(k, len(class_names)))
+    return [(class_names[index], value) for value, index in zip(values.tolist(), indices.tolist(), strict=True)]

@@ -1,0 +1,277 @@
+"""One picture: from a file or from memory to upright 8-bit RGB, and where picture files are."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from transferkit.exceptions import DataError, PictureError, closest
+
+__all__ = ["as_picture", "existing", "find_pictures", "list_pictures", "picture_extensions", "read_picture"]
+
+# Pillow lists these, but they are pages, films or containers: it needs Ghostscript or a handler it does not bring.
+_NOT_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
+
+# A float picture that was resized bicubically overshoots [0, 1] a little; a normalised one leaves it clearly.
+_OVERSHOOT = 0.25
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Read one picture file as upright RGB, whatever its mode.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit and float greys are scaled to 8 bits, and of an
+    animation the first frame is taken. The file is closed again, and Pillow's warnings stay silent.
+
+    Args:
+        path: Any raster file Pillow decodes; the content decides, not the extension.
+
+    Returns:
+        A PIL image of mode ``RGB``.
+
+    Raises:
+        PictureError: The file cannot be read; the message names it and the cause.
+
+    Source: Pillow.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        ...     Image.new("LA", (4, 2)).save(file.name)
+        ...     picture = read_picture(file.name)
+        >>> picture.mode, picture.size, picture.getpixel((0, 0))
+        ('RGB', (4, 2), (255, 255, 255))
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
+            return _upright_rgb(image)
+    # Pillow's decoders let struct.error, zlib.error, SyntaxError and more escape from damaged files.
+    except Exception as error:
+        cause = _cause(Path(path), error)
+        raise PictureError(f"cannot read picture {os.fspath(path)}: {cause}; replace or remove it") from error
+
+
+def as_picture(image: Any) -> Image.Image | Tensor:
+    """Bring a picture that is already in memory to what the transforms take.
+
+    Args:
+        image: A PIL image of any mode; a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); or a uint8 or float
+            tensor (H, W), (1, H, W) or (3, H, W), floats in [0, 1].
+
+    Returns:
+        An upright PIL image of mode ``RGB``, or a plain tensor (3, H, W) of the given dtype, floats clamped to [0, 1].
+
+    Raises:
+        DataError: The picture has another type, dtype, shape or range, or is already normalised.
+
+    Source: the conventions of Pillow, torchvision and numpy.
+
+    Example:
+        >>> as_picture(np.zeros((2, 4), dtype=np.uint8)).size
+        (4, 2)
+        >>> as_picture(torch.zeros(1, 2, 4)).shape
+        torch.Size([3, 2, 4])
+    """
+    if isinstance(image, Image.Image):
+        with warnings.catch_warnings(action="ignore"):
+            return _upright_rgb(image)
+    if isinstance(image, Tensor):
+        return _checked_tensor(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+            raise DataError(
+                f"a picture array has shape {image.shape} and dtype {image.dtype}; "
+                "it needs uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+            )
+        return _upright_rgb(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
+    raise DataError(
+        f"a picture is a {type(image).__name__}; it needs to be a PIL image, a uint8 array or a uint8 or float tensor"
+    )
+
+
+@lru_cache(maxsize=1)
+def picture_extensions() -> frozenset[str]:
+    """Name the file extensions that count as pictures: those of the raster formats Pillow can decode.
+
+    Returns:
+        Lower-case extensions with their dot. Found at the first call, since Pillow then loads its plugins.
+
+    Source: ``PIL.Image.registered_extensions``.
+
+    Example:
+        >>> ".jpg" in picture_extensions(), ".pdf" in picture_extensions()
+        (True, False)
+    """
+    # Pillow reads MPO, the two-lens JPEG of some phones, through its JPEG plugin.
+    formats = {*_formats(), "MPO"}
+    return frozenset(suffix.lower() for suffix, kind in Image.registered_extensions().items() if kind in formats)
+
+
+def list_pictures(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Name the picture files meant by files and folders, for prediction.
+
+    Args:
+        paths: One path or several. A file is taken as it is, whatever its extension; a folder gives the pictures in it
+            and below, sorted, hidden ones left out.
+
+    Returns:
+        Paths of files, in the order given.
+
+    Raises:
+        DataError: A path does not exist, or a folder holds no pictures.
+
+    Source: :func:`picture_extensions` says what a picture is.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("b.jpg", "a.png", "notes.txt"):
+        ...         (Path(folder) / name).touch()
+        ...     [Path(path).name for path in list_pictures(folder)]
+        ['a.png', 'b.jpg']
+    """
+    found: list[str] = []
+    for path in map(existing, [paths] if isinstance(paths, str | os.PathLike) else paths):
+        if path.is_dir():
+            pictures, others = find_pictures(path)
+            if not pictures:
+                raise DataError(f"no pictures in {path} or below, only {len(others)} other files; give another folder")
+            found.extend(pictures)
+        else:
+            found.append(str(path))
+    return found
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """Check that a path exists, and offer its nearest sibling when it does not.
+
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        The path, unchanged.
+
+    Raises:
+        DataError: There is no such file or folder.
+
+    Source: :func:`transferkit.exceptions.closest`.
+
+    Example:
+        >>> existing("/no/such/folder")
+        Traceback (most recent call last):
+        transferkit.exceptions.DataError: no file or folder /no/such/folder; check the path
+    """
+    path = Path(path)
+    if not path.exists():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = closest(path.name, [sibling.name for sibling in siblings])
+        raise DataError(f"no file or folder {path}; check the path{near}")
+    return path
+
+
+def find_pictures(folder: Path) -> tuple[list[str], list[str]]:
+    """Walk a folder, symbolic links included, and tell pictures from other files.
+
+    Args:
+        folder: An existing folder; hidden files and folders in it are passed over.
+
+    Returns:
+        Sorted paths of the pictures, and of the other files.
+
+    Source: ``os.walk``.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     find_pictures(Path(folder))
+        ([], [])
+    """
+    pictures: list[str] = []
+    others: list[str] = []
+    visited: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        # A link to a folder above would be walked for ever.
+        real = os.path.realpath(place)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith("."):
+                kind = pictures if Path(name).suffix.lower() in picture_extensions() else others
+                kind.append(str(Path(place) / name))
+    return sorted(pictures), sorted(others)
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_PICTURES)
+
+
+def _cause(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is no picture Pillow can decode"
+    return str(error) or type(error).__name__
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block says nothing about the pixels, and fails in as many ways as a file
+        image = image.copy()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled_to_8_bits(image)
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
+    """Map 0..65535 (integers) or 0..1 (floats) onto 0..255; a picture outside that range, its own range."""
+    values = np.asarray(image, dtype=np.float64)
+    values = np.where(np.isfinite(values), values, 0.0)
+    low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+    if values.min() < low or values.max() > high:
+        low, high = float(values.min()), float(values.max())
+    scale = 255.0 / (high - low or 1.0)
+    return Image.fromarray(((values - low) * scale + 0.5).astype(np.uint8))
+
+
+def _checked_tensor(image: Tensor) -> Tensor:
+    image = image.as_subclass(Tensor)
+    if image.ndim == 2:
+        image = image.unsqueeze(0)
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise DataError(f"a picture tensor has shape {tuple(image.shape)}; it needs (H, W), (1, H, W) or (3, H, W)")
+    if image.dtype == torch.uint8:
+        return image.expand(3, -1, -1)
+    if not image.is_floating_point():
+        raise DataError(f"a picture tensor has dtype {image.dtype}; it needs uint8 or a float in [0, 1]")
+    low, high = image.aminmax()
+    if low < -_OVERSHOOT:
+        raise DataError(
+            f"a picture tensor has values down to {low:.3g}, so it is already normalised; remove Normalize from the "
+            "data set's transform and leave normalisation to transferkit, which takes it from the weights"
+        )
+    if not high <= 1 + _OVERSHOOT:
+        raise DataError(f"a float picture tensor has values up to {high:.3g}; scale it to [0, 1] or hand it as uint8")
+    return image.clamp(0, 1).expand(3, -1, -1)

@@ -1,0 +1,126 @@
+"""Classifying pictures that have no label."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from transferkit.exceptions import DataError
+from transferkit.loading import loader
+from transferkit.metrics import topk
+from transferkit.model import TransferModel
+from transferkit.pictures import as_picture, list_pictures, read_picture
+from transferkit.trainer import collect_logits
+from transferkit.transforms import eval_transform
+
+__all__ = ["Pictures", "Prediction", "predict"]
+
+Pictures = str | os.PathLike[str] | Image.Image | Sequence["str | os.PathLike[str] | Image.Image"]
+"""What can be predicted: a file, a folder, a PIL image, or a list of these."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one picture.
+
+    Attributes:
+        path: The file, or ``None`` for a PIL image.
+        label: The likeliest class.
+        confidence: Its probability, 0 to 1.
+        probabilities: Probability by class name, in the order of the model's classes.
+    """
+
+    path: str | None
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+
+    def top(self, k: int) -> list[tuple[str, float]]:
+        """Return the ``k`` likeliest classes, likeliest first, as (name, probability)."""
+        return topk(torch.tensor(list(self.probabilities.values()), dtype=torch.float64), list(self.probabilities), k)
+
+
+def predict(
+    model: TransferModel,
+    pictures: Pictures,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+) -> list[Prediction]:
+    """Classify pictures with exactly the transform that validation uses.
+
+    Args:
+        model: A trained model; its training mode is left as it was.
+        pictures: A file, a folder (searched through), a PIL image, or a list of these.
+        batch_size: Pictures per batch.
+        num_workers: Processes that read and transform.
+        device: Where to compute; ``None`` for where the model is.
+
+    Returns:
+        One prediction per picture, in the order given; a folder's pictures are sorted.
+
+    Raises:
+        DataError: A path does not exist, or there is no picture.
+        PictureError: A picture cannot be read.
+    """
+    if device is not None:
+        model.to(device)
+    device = next(model.parameters()).device
+    items = [pictures] if isinstance(pictures, str | os.PathLike | Image.Image) else list(pictures)
+    paths: list[str | None] = []
+    images: list[str | Image.Image] = []
+    for item in items:
+        if isinstance(item, Image.Image):
+            paths.append(None)
+            images.append(item)
+        else:
+            found = list_pictures(item)
+            paths += found
+            images += found
+    if not images:
+        raise DataError("there are no pictures to predict")
+    batches = loader(
+        _Unlabelled(images),
+        eval_transform(model.eval_preset, model.preprocessing),
+        batch_size=batch_size,
+        train=False,
+        num_workers=num_workers,
+    )
+    logits, _ = collect_logits(model.network, batches, device)
+    shares = torch.softmax(logits.double(), dim=1)
+    return [
+        Prediction(
+            path,
+            model.class_names[int(row.argmax())],
+            float(row.max()),
+            dict(zip(model.class_names, row.tolist(), strict=True)),
+        )
+        for path, row in zip(paths, shares, strict=True)
+    ]
+
+
+class _Unlabelled:
+    """A source of files and PIL images, all of label 0."""
+
+    def __init__(self, images: Sequence[str | Image.Image]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        image = self.images[index]
+        return (read_picture(image) if isinstance(image, str) else as_picture(image)), 0
+
+    def labels(self) -> list[int]:
+        return [0] * len(self.images)
+
+    def name(self, index: int) -> str:
+        image = self.images[index]
+        return image if isinstance(image, str) else f"image {index}"

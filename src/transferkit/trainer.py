@@ -1,0 +1,296 @@
+"""The training loop, and everything it calls."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from transferkit.callbacks._base import Callback
+from transferkit.devices import make_accelerator
+from transferkit.exceptions import SettingError, TransferkitError
+from transferkit.freezing import FreezePolicy, FullFinetune
+from transferkit.history import EpochRecord, History
+from transferkit.metrics import Evaluation, evaluate_logits
+from transferkit.model import TransferModel
+from transferkit.optim import unassigned_parameters
+from transferkit.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    Batches = Any
+
+__all__ = ["Trainer", "collect_logits"]
+
+
+class Trainer:
+    """Train a :class:`TransferModel` with an optimizer, a freeze policy and callbacks.
+
+    Args:
+        model: What to train.
+        optimizer: Any torch optimizer that holds every parameter of the model, frozen ones too, once
+            (:func:`param_groups` makes its groups). Frozen parameters get no gradient, so it leaves them alone.
+        policy: Decides before each epoch which stages are frozen.
+        callbacks: Called in this order at every hook.
+        seed: Dropout, stochastic depth and mixing are functions of (seed, epoch, batch, process).
+        label_smoothing: Share of the target spread over all classes while training, in [0, 1).
+        class_weights: One weight per class for the training loss, or ``None``.
+        mixup: Alpha of mixup, 0 for none (Zhang et al. 2018). With ``cutmix`` too, each batch draws one of them.
+        cutmix: Alpha of cutmix, 0 for none (Yun et al. 2019).
+        accumulate: Batches per optimizer step, 1 or more; an epoch's last step may see fewer.
+        clip_grad_norm: Largest norm of the gradient, or ``None`` for no limit.
+        device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
+        precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+
+    Attributes:
+        epoch: Number of epochs done, 0 during the first.
+        step: Number of optimizer steps done.
+        history: The records so far.
+        should_stop: Set it in a callback to end training after the epoch.
+
+    Raises:
+        SettingError: A value is outside its range, or the optimizer lacks a parameter.
+    """
+
+    def __init__(
+        self,
+        model: TransferModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        policy: FreezePolicy | None = None,
+        callbacks: Sequence[Callback] = (),
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        accumulate: int = 1,
+        clip_grad_norm: float | None = None,
+        device: str | None = None,
+        precision: str = "auto",
+    ) -> None:
+        """Store and check the settings; no device is touched yet."""
+        classes = len(model.class_names)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise SettingError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+        if accumulate < 1:
+            raise SettingError(f"accumulate must be 1 or more batches, got {accumulate}")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise SettingError(f"clip_grad_norm must be above 0, or None for no limit, got {clip_grad_norm}")
+        if class_weights is not None and len(class_weights) != classes:
+            raise SettingError(f"class_weights needs one weight for each of {classes} classes, got {len(class_weights)}")
+        if mixup < 0 or cutmix < 0:
+            raise SettingError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
+        if (mixup or cutmix) and classes < 2:
+            raise SettingError("mixup and cutmix need two classes or more")
+        if missing := unassigned_parameters(model.network, optimizer.param_groups):
+            raise SettingError(
+                f"the optimizer lacks {len(missing)} parameters of {model.name}, {missing[0]} for one; give it "
+                "param_groups(model, lr=…), frozen stages included"
+            )
+        self.model, self.optimizer = model, optimizer
+        self.policy = FullFinetune() if policy is None else policy
+        self.callbacks = list(callbacks)
+        self.seed = seed
+        self.accumulate, self.clip_grad_norm = accumulate, clip_grad_norm
+        self.device_name, self.precision = device, precision
+        self.history = History()
+        self.epoch = self.step = self.epochs = self.batches_per_epoch = 0
+        self.should_stop = False
+        self._stepper: Any = optimizer
+        weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.loss_function = nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
+        mixes: list[Any] = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+        mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+        self._mix = v2.RandomChoice(mixes) if mixes else None
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """The device and precision in use."""
+        return make_accelerator(self.device_name, self.precision)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is trained."""
+        return self.accelerator.device
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the one process that writes files."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return -(-self.batches_per_epoch // self.accumulate)
+
+    def wait_for_everyone(self) -> None:
+        """Let all processes reach this point."""
+        self.accelerator.wait_for_everyone()
+
+    def fit(self, train_batches: Batches, val_batches: Batches, *, epochs: int) -> History:
+        """Train.
+
+        Args:
+            train_batches: A sized iterable of (images (B, C, H, W) float, labels (B,) int), :func:`loader` for example;
+                where its sampler has ``set_epoch``, it is told the epoch.
+            val_batches: The same, for validation after each epoch.
+            epochs: How many, 1 or more.
+
+        Returns:
+            The history. The model keeps the last weights, or the best ones with :class:`BestCheckpoint`, and is back
+            in the training or eval mode it was in.
+
+        Raises:
+            SettingError: ``epochs`` is below 1.
+            UnknownStageError: The policy names a stage that the model does not have; nothing has been trained then.
+            TransferkitError: The loss is no longer a number.
+        """
+        if epochs < 1:
+            raise SettingError(f"epochs must be 1 or more, got {epochs}")
+        names = self.model.stage_names
+        plan = [self.policy.frozen_stages(names, epoch) for epoch in range(epochs)]
+        self.epochs, self.batches_per_epoch, self.should_stop = epochs, len(train_batches), False
+        with keeps_mode(self.model), torch.random.fork_rng():
+            self.model.to(self.device)
+            self.loss_function.to(self.device)
+            try:
+                self._call("on_fit_start")
+                wrapped = None
+                for self.epoch in range(len(self.history), epochs):
+                    if wrapped is None or plan[self.epoch] != self.model.frozen:
+                        wrapped = self._freeze(plan[self.epoch])
+                    self._run_epoch(wrapped, train_batches, val_batches)
+                    if self.should_stop:
+                        break
+                self._call("on_fit_end")
+            except BaseException:
+                self._call("on_exception")
+                raise
+            finally:
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self.history
+
+    def _freeze(self, stages: frozenset[str]) -> nn.Module:
+        """Apply the policy, and wrap the model for the device: what synchronises gradients must know what trains."""
+        self.model.freeze(stages)
+        self.accelerator.free_memory()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        return cast(nn.Module, wrapped)
+
+    def _run_epoch(self, wrapped: nn.Module, train_batches: Batches, val_batches: Batches) -> None:
+        started = time.perf_counter()
+        _set_epoch(train_batches, self.epoch)
+        self.model.train()
+        self._call("on_train_epoch_start")
+        train_loss = self._train(wrapped, train_batches)
+        validation = self.evaluate(val_batches)
+        seconds = time.perf_counter() - started
+        self.history.records.append(
+            EpochRecord(self.epoch + 1, train_loss, validation.loss, validation.accuracy, seconds)
+        )
+        self._call("on_validation_end")
+        self._call("on_train_epoch_end")
+
+    def _train(self, wrapped: nn.Module, batches: Batches) -> float:
+        """Go once through the batches; returns the mean loss per picture."""
+        total, count = torch.zeros((), device=self.device), 0
+        for index, (images, labels) in enumerate(batches):
+            first = index - index % self.accumulate
+            window = min(self.accumulate, self.batches_per_epoch - first)
+            last = index == first + window - 1
+            torch.manual_seed(derive_seed(self.seed, 2, self.epoch, index, self.accelerator.process_index))
+            images, labels = self._to_device(images, labels)
+            targets = labels
+            if self._mix is not None:
+                images, targets = self._mix(images, labels)
+            self._call("on_train_batch_start")
+            with nullcontext() if last else self.accelerator.no_sync(wrapped):
+                loss = self.loss_function(wrapped(images), targets)
+                self.accelerator.backward(loss / window)
+            if last:
+                if self.clip_grad_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+                self._stepper.step()
+                self._stepper.zero_grad()
+                self.step += 1
+            total += loss.detach() * len(labels)
+            count += len(labels)
+            self._call("on_train_batch_end")
+        sums = self.accelerator.reduce(torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)]))
+        mean = (sums[0] / sums[1]).item()
+        if not math.isfinite(mean):
+            lr = self.optimizer.param_groups[-1]["lr"]
+            raise TransferkitError(f"the training loss became {mean} in epoch {self.epoch + 1} at lr {lr:g}; lower lr")
+        return mean
+
+    def evaluate(self, batches: Batches) -> Evaluation:
+        """Measure the model as it is; its training mode is left as it was.
+
+        Args:
+            batches: An iterable of (images (B, C, H, W) float, labels (B,) int).
+
+        Raises:
+            DataError: There are no pictures.
+        """
+        self.model.to(self.device)
+        logits, labels = collect_logits(self.model.network, batches, self.device)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            parts = gather_object([(logits, labels)])
+            logits, labels = (torch.cat([part[position] for part in parts]) for position in (0, 1))
+        return evaluate_logits(logits, labels, self.model.class_names)
+
+    def _to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _call(self, hook: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self)
+
+
+@contextmanager
+def keeps_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module back into the training or eval mode it was in; what is frozen meanwhile stays in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode and "train" not in module.__dict__
+
+
+def collect_logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Run a model over labelled batches in eval mode; its training mode is left as it was.
+
+    Args:
+        model: A classifier that is on ``device``.
+        batches: An iterable of (images (B, C, H, W) float, labels (B,) int).
+        device: Where to compute.
+
+    Returns:
+        Logits (N, num_classes) float32 and labels (N,) int64, on the CPU.
+    """
+    logits, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+    with keeps_mode(model), torch.inference_mode():
+        model.eval()
+        for images, targets in batches:
+            logits.append(model(images.to(device, non_blocking=True)).float().cpu())
+            labels.append(targets)
+    return torch.cat(logits[1:] or logits), torch.cat(labels)
+
+
+def _set_epoch(batches: Batches, epoch: int) -> None:
+    set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)

@@ -1,0 +1,351 @@
+"""Pictures to network input: torchvision v2 pipelines, each a function of the backbone's preprocessing.
+
+Every pipeline takes one upright RGB picture (PIL, or a uint8 tensor (3, H, W), or a float one in [0, 1]) and returns a
+float32 tensor (C, size, size), normalised with the preprocessing's mean and std. With one value in ``mean`` the picture
+becomes greyscale first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from transferkit.exceptions import SettingError, closest
+from transferkit.preprocessing import Preprocessing
+
+__all__ = [
+    "CIFAR10_PREPROCESSING",
+    "EVAL_PRESETS",
+    "TRAIN_PRESETS",
+    "Transform",
+    "cifar_eval",
+    "cifar_train",
+    "denormalize",
+    "eval_transform",
+    "imagenet_eval",
+    "imagenet_train",
+    "light",
+    "none",
+    "train_transform",
+    "trivial_augment",
+]
+
+Transform = Callable[[Any], Tensor]
+
+CIFAR10_PREPROCESSING = Preprocessing(
+    size=32, resize_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+)
+
+
+class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
+    """A ``v2.Compose`` that prints its preset's name and one short line per step."""
+
+    def __init__(self, name: str, preprocessing: Preprocessing, steps: Sequence[nn.Module]) -> None:
+        channels = len(preprocessing.mean)
+        if channels not in (1, 3):
+            raise SettingError(f"pictures have 1 or 3 channels, preprocessing has {channels}; change its mean and std")
+        super().__init__(
+            [
+                *([v2.Grayscale(1)] if channels == 1 else []),
+                *steps,
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
+            ]
+        )
+        self.name = name
+
+    def __repr__(self) -> str:
+        text = "\n".join([f"{self.name}(", *(f"  {step}" for step in self.transforms), ")"])
+        text = re.sub(r"InterpolationMode\.(\w+)", lambda mode: mode[1].lower(), text)
+        return re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4g}", text)
+
+
+def imagenet_train(preprocessing: Preprocessing) -> v2.Compose:
+    """Cut a random region, mirror it half of the time: the usual augmentation for photographs.
+
+    Args:
+        preprocessing: Size, interpolation, mean and std of the network's weights.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", §6; torchvision ``ClassificationPresetTrain``.
+
+    Example:
+        >>> from PIL import Image
+        >>> imagenet_train(Preprocessing(size=24, resize_size=28))(Image.new("RGB", (40, 30))).shape
+        torch.Size([3, 24, 24])
+    """
+    return _Preset("imagenet_train", preprocessing, _random_crop_and_flip(preprocessing))
+
+
+def imagenet_eval(preprocessing: Preprocessing) -> v2.Compose:
+    """Resize and cut the centre (``crop="center"``), or squeeze into a square (``crop="squash"``); nothing random.
+
+    Args:
+        preprocessing: Size, crop, interpolation, mean and std of the network's weights.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Source: equals torchvision's ``ImageClassification`` preset, ``weights.transforms()``.
+
+    Example:
+        >>> imagenet_eval(Preprocessing(size=224, resize_size=256))
+        imagenet_eval(
+          Resize(size=[256], interpolation=bilinear, antialias=True)
+          CenterCrop(size=(224, 224))
+          PILToTensor()
+          ToDtype(scale=True)
+          Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], inplace=False)
+        )
+    """
+    return _Preset("imagenet_eval", preprocessing, _resize(preprocessing))
+
+
+def cifar_train(preprocessing: Preprocessing, *, jitter: float = 0.0, rotation: float = 0.0) -> v2.Compose:
+    """Shift by up to 4 pixels and mirror, for 32-pixel pictures; enlarge afterwards when the network wants more.
+
+    Normalisation is the preprocessing's own, so pretrained weights get what they were trained on; a network trained
+    from scratch takes :data:`CIFAR10_PREPROCESSING`, which carries CIFAR-10's statistics.
+
+    Args:
+        preprocessing: Size, interpolation, mean and std of the network's weights.
+        jitter: Largest relative change of brightness, contrast and saturation, 0 or more; 0 leaves colours alone.
+        rotation: Largest angle in degrees, 0 to 180; 0 leaves pictures level.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Raises:
+        SettingError: ``jitter`` or ``rotation`` is outside its range.
+
+    Source: He et al. 2016, "Deep residual learning for image recognition", §4.2.
+
+    Example:
+        >>> from PIL import Image
+        >>> cifar_train(CIFAR10_PREPROCESSING)(Image.new("RGB", (32, 32))).shape
+        torch.Size([3, 32, 32])
+    """
+    if not jitter >= 0:
+        raise SettingError(f"jitter={jitter}; it can be 0 or more")
+    if not 0 <= rotation <= 180:
+        raise SettingError(f"rotation={rotation}; it can be 0 to 180 degrees")
+    steps = [
+        *_to_32_pixels(preprocessing),
+        v2.RandomCrop(32, padding=4),
+        v2.RandomHorizontalFlip(),
+        *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
+        *([v2.RandomRotation(rotation, interpolation=InterpolationMode.BILINEAR)] if rotation else []),
+        *_from_32_pixels(preprocessing),
+    ]
+    return _Preset("cifar_train", preprocessing, steps)
+
+
+def cifar_eval(preprocessing: Preprocessing) -> v2.Compose:
+    """Bring a picture to 32 pixels, then to the network's size as :func:`cifar_train` does; nothing random.
+
+    Normalisation is the preprocessing's own; see :func:`cifar_train` and :data:`CIFAR10_PREPROCESSING`.
+
+    Args:
+        preprocessing: Size, interpolation, mean and std of the network's weights.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Source: He et al. 2016, "Deep residual learning for image recognition", §4.2.
+
+    Example:
+        >>> from PIL import Image
+        >>> cifar_eval(Preprocessing(size=64, resize_size=64))(Image.new("RGB", (32, 32))).shape
+        torch.Size([3, 64, 64])
+    """
+    steps = [*_to_32_pixels(preprocessing), *_from_32_pixels(preprocessing)]
+    return _Preset("cifar_eval", preprocessing, steps)
+
+
+def light(preprocessing: Preprocessing) -> v2.Compose:
+    """Cut at least half of the picture, mirror it half of the time: gentle, for small data sets.
+
+    Args:
+        preprocessing: Size, interpolation, mean and std of the network's weights.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Source: :func:`imagenet_train` with ``scale=(0.5, 1)``, so that the object seldom leaves the picture.
+
+    Example:
+        >>> from PIL import Image
+        >>> light(Preprocessing(size=24, resize_size=28))(Image.new("RGB", (40, 30))).shape
+        torch.Size([3, 24, 24])
+    """
+    return _Preset("light", preprocessing, _random_crop_and_flip(preprocessing, smallest=0.5))
+
+
+def trivial_augment(preprocessing: Preprocessing) -> v2.Compose:
+    """Cut a random region, mirror, then apply one random change of colour or geometry: strong augmentation.
+
+    Args:
+        preprocessing: Size, interpolation, mean and std of the network's weights.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Source: Müller & Hutter 2021, "TrivialAugment"; torchvision ``TrivialAugmentWide``.
+
+    Example:
+        >>> from PIL import Image
+        >>> trivial_augment(Preprocessing(size=24, resize_size=28))(Image.new("RGB", (40, 30))).shape
+        torch.Size([3, 24, 24])
+    """
+    change = v2.TrivialAugmentWide(interpolation=InterpolationMode(preprocessing.interpolation))
+    return _Preset("trivial_augment", preprocessing, [*_random_crop_and_flip(preprocessing), change])
+
+
+def none(preprocessing: Preprocessing) -> v2.Compose:
+    """Train on what evaluation sees: :func:`imagenet_eval`, no augmentation.
+
+    Args:
+        preprocessing: Size, crop, interpolation, mean and std of the network's weights.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Source: torchvision's ``ImageClassification`` preset.
+
+    Example:
+        >>> none(Preprocessing()).name
+        'imagenet_eval'
+    """
+    return imagenet_eval(preprocessing)
+
+
+TRAIN_PRESETS: Mapping[str, Callable[[Preprocessing], Transform]] = {
+    "imagenet": imagenet_train,
+    "cifar": cifar_train,
+    "light": light,
+    "trivial_augment": trivial_augment,
+    "none": none,
+}
+EVAL_PRESETS: Mapping[str, Callable[[Preprocessing], Transform]] = {"imagenet": imagenet_eval, "cifar": cifar_eval}
+
+
+def train_transform(preset: str | Transform, preprocessing: Preprocessing) -> Transform:
+    """Find the training transform of a name; a callable is returned as it is.
+
+    Args:
+        preset: A key of :data:`TRAIN_PRESETS`, or a callable from a picture to a tensor (C, size, size).
+        preprocessing: What the network's weights expect; unused when ``preset`` is a callable.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised.
+
+    Raises:
+        SettingError: No preset has this name.
+
+    Source: :data:`TRAIN_PRESETS`.
+
+    Example:
+        >>> train_transform("light", Preprocessing()).name
+        'light'
+    """
+    return _preset("train", preset, TRAIN_PRESETS)(preprocessing) if isinstance(preset, str) else preset
+
+
+def eval_transform(preset: str, preprocessing: Preprocessing) -> Transform:
+    """Find the evaluation transform of a name; validation, prediction and a loaded model all use this one.
+
+    Args:
+        preset: A key of :data:`EVAL_PRESETS`, as a saved model's ``config.json`` stores it.
+        preprocessing: What the network's weights expect.
+
+    Returns:
+        A transform from a picture to a float32 tensor (C, size, size), normalised; the two arguments alone decide it.
+
+    Raises:
+        SettingError: No preset has this name.
+
+    Source: :data:`EVAL_PRESETS`.
+
+    Example:
+        >>> eval_transform("imagnet", Preprocessing())
+        Traceback (most recent call last):
+        transferkit.exceptions.SettingError: no eval transform named 'imagnet'; there are imagenet, cifar — did you ...
+    """
+    return _preset("eval", preset, EVAL_PRESETS)(preprocessing)
+
+
+def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Undo the normalisation, to show network input as pictures again.
+
+    Args:
+        images: (C, H, W) or (B, C, H, W) float, normalised.
+        preprocessing: The one the images were normalised with.
+
+    Returns:
+        The same shape, float32 in [0, 1], clamped.
+
+    Raises:
+        SettingError: The images do not have one channel per value of ``preprocessing.mean``.
+
+    Source: the inverse of torchvision ``v2.Normalize``.
+
+    Example:
+        >>> denormalize(torch.zeros(3, 1, 1), Preprocessing()).flatten()
+        tensor([0.4850, 0.4560, 0.4060])
+    """
+    channels = len(preprocessing.mean)
+    if images.ndim not in (3, 4) or images.shape[-3] != channels:
+        raise SettingError(
+            f"images have shape {tuple(images.shape)}; give ({channels}, H, W) or (B, {channels}, H, W), "
+            "as the preprocessing's mean has one value per channel"
+        )
+    mean, std = (
+        images.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std)
+    )
+    return (images.float() * std + mean).clamp(0, 1)
+
+
+def _preset(
+    kind: str, name: str, presets: Mapping[str, Callable[[Preprocessing], Transform]]
+) -> Callable[[Preprocessing], Transform]:
+    if name not in presets:
+        raise SettingError(
+            f"no {kind} transform named {name!r}; there are {', '.join(presets)}{closest(name, presets)}"
+        )
+    return presets[name]
+
+
+def _random_crop_and_flip(preprocessing: Preprocessing, *, smallest: float = 0.08) -> list[nn.Module]:
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    crop = v2.RandomResizedCrop(preprocessing.size, scale=(smallest, 1.0), interpolation=interpolation, antialias=True)
+    return [crop, v2.RandomHorizontalFlip()]
+
+
+def _resize(preprocessing: Preprocessing) -> list[nn.Module]:
+    if preprocessing.crop == "squash":
+        return [_resize_to((preprocessing.size, preprocessing.size), preprocessing)]
+    return [_resize_to(preprocessing.resize_size, preprocessing), v2.CenterCrop(preprocessing.size)]
+
+
+def _to_32_pixels(preprocessing: Preprocessing) -> list[nn.Module]:
+    return [_resize_to(32, preprocessing), v2.CenterCrop(32)]
+
+
+def _from_32_pixels(preprocessing: Preprocessing) -> list[nn.Module]:
+    size = preprocessing.size
+    return [] if size == 32 else [_resize_to((size, size), preprocessing)]
+
+
+def _resize_to(size: int | tuple[int, int], preprocessing: Preprocessing) -> nn.Module:
+    """A number is the shorter side, a pair is height and width."""
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    resize: nn.Module = v2.Resize(size, interpolation=interpolation, antialias=True)
+    return resize
