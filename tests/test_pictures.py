@@ -5,8 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import ExifTags, Image, ImageOps
 from torchvision import tv_tensors
 
@@ -280,7 +279,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_missing_paths_and_folders_without_pictures_are_named(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"no pictures in .*photos or below, only 1 other files"):
+    with pytest.raises(DataError, match=r"no pictures in .*photos or below, only 1 other file\(s\)"):
         list_pictures(tmp_path / "photos")
     with pytest.raises(DataError, match=r"no file or folder .*photo; check the path — did you mean 'photos'"):
         list_pictures(tmp_path / "photo")

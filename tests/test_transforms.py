@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights
 from torchvision.transforms import v2
@@ -116,6 +115,15 @@ def test_cifar_train_refuses_settings_outside_their_range(options):
     (name, value), *_ = options.items()
     with pytest.raises(SettingError, match=f"{name}={value}; it can be"):
         cifar_train(CIFAR10_PREPROCESSING, **options)
+
+
+@pytest.mark.parametrize("kind", ["PIL", "uint8", "float"])
+def test_trivial_augment_can_apply_every_change_to_every_kind_of_picture(kind):
+    picture = noise(12, 12) if kind == "PIL" else v2.functional.pil_to_tensor(noise(12, 12))
+    picture = picture / 255 if kind == "float" else picture
+    transform = trivial_augment(Preprocessing(8, 8, interpolation="bicubic"))
+    torch.manual_seed(0)
+    assert all(transform(picture).isfinite().all() for _ in range(100))
 
 
 def test_light_keeps_half_of_the_picture():

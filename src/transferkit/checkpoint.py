@@ -103,7 +103,11 @@ def _config(model: TransferModel, extra: dict[str, Any] | None) -> dict[str, Any
             "class_names": list(model.class_names),
             "preprocessing": preprocessing.to_dict(),
             "eval_transform": model.eval_preset,
-            "head": {"paths": list(model.head_paths), "dropout": model.head.dropout, "hidden_size": model.head.hidden_size},
+            "head": {
+                "paths": list(model.head_paths),
+                "dropout": model.head.dropout,
+                "hidden_size": model.head.hidden_size,
+            },
             "arguments": model.arguments,
             "versions": {name: version(name) for name in ("transferkit", "torch", "torchvision", "timm")},
         },
@@ -129,7 +133,9 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no config of a model saved by transferkit ({error!r})") from error
     if newer:
-        raise ArtifactError(f"{file} has format {own['format']}; this version reads up to {_FORMAT}: upgrade transferkit")
+        raise ArtifactError(
+            f"{file} has format {own['format']}; this version reads up to {_FORMAT}: upgrade transferkit"
+        )
     if not complete:
         raise ArtifactError(f"{file} names no classes")
     return dict(config)

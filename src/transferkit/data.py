@@ -260,12 +260,12 @@ def _class_folders(root: Path) -> dict[str, list[str]]:
     if not any(found.values()):
         raise DataError(
             f"no pictures in {root}: looked for one folder per class, such as {root / 'cats' / '1.jpg'}, "
-            f"and found {len(found)} folders without pictures and {len(loose)} pictures in no folder"
+            f"and found {len(found)} folder(s) without pictures and {len(loose)} picture(s) in no folder"
         )
     if others:
-        log.info("%s: %d files are no pictures and are left out: %s", root, len(others), _listing(others))
+        log.info("%s: left out %d file(s) that are no pictures: %s", root, len(others), _listing(others))
     if loose:
-        log.warning("%s: %d pictures are in no class folder and are left out", root, len(loose))
+        log.warning("%s: left out %d picture(s) in no class folder", root, len(loose))
     return found
 
 

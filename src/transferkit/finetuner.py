@@ -63,7 +63,7 @@ class Finetuner:
         batch_size: Pictures per batch.
         lr: Learning rate of the head at the top of the schedule; ``None`` for the recipe's.
         weight_decay: Of weight matrices and kernels; ``None`` for the recipe's.
-        layer_decay: Factor of the lr from one stage to the one before it, above 0, at most 1; ``None`` for the recipe's.
+        layer_decay: Factor of the lr from one stage to the one before it, above 0, at most 1; ``None`` the recipe's.
         optimizer: ``"adamw"``, ``"sgd"``, or a callable that takes parameter groups.
         schedule: A schedule or its name; ``None`` for the recipe's.
         image_size: Input side in pixels; ``None`` for the size of the weights.
@@ -236,7 +236,7 @@ class Finetuner:
             data: A folder of class folders (mapped by name), one with ``val/`` in it, or a map-style data set.
 
         Returns:
-            ``{"accuracy": 0 to 1, "loss": nats, "count", "per_class": {name: {"precision", "recall", "f1", "count"}}}``.
+            ``{"accuracy": 0 to 1, "loss": nats, "count": pictures, "per_class": …}`` as in :class:`Evaluation`.
 
         Raises:
             DataError: The data cannot be used, or holds a class that the model does not know.
@@ -268,9 +268,7 @@ class Finetuner:
             PictureError: A picture cannot be read.
             SettingError: The model is not trained or loaded yet.
         """
-        return predict(
-            self._trained(), pictures, batch_size=self.batch_size, device=choose_device(self.device)
-        )
+        return predict(self._trained(), pictures, batch_size=self.batch_size, device=choose_device(self.device))
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Save the model and the history; :meth:`load`, and the native library, open it.
@@ -376,7 +374,9 @@ class Finetuner:
         folder = Path(self.output_dir)
         mine = [name for name in (CONFIG, WEIGHTS, HISTORY) if (folder / name).exists()]
         if mine and not self.overwrite:
-            raise OutputError(f"{folder} already holds a run ({mine[0]}); choose another folder, or overwrite it (--overwrite)")
+            raise OutputError(
+                f"{folder} already holds a run ({mine[0]}); choose another folder, or overwrite it (--overwrite)"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in mine:
@@ -452,7 +452,9 @@ class Finetuner:
         model.freeze(recipe.policy.frozen_stages(model.stage_names, 0))
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"{model.name}, {model.weights or 'random weights'}, {model.preprocessing.size} px")
-        console.print(f"{len(data.train)} training and {len(data.val)} validation pictures of {len(data.class_names)} classes")
+        console.print(
+            f"{len(data.train)} training and {len(data.val)} validation pictures of {len(data.class_names)} classes"
+        )
         console.print(f"{self.epochs} epochs, {recipe.policy}, {recipe.schedule}", markup=False)
         console.print(model.summary(optimizer), markup=False)
 

@@ -219,7 +219,9 @@ class ScheduledUnfreeze(FreezePolicy):
             raise SettingError(f"phases must begin at epoch 0, got {sorted(self.phases)}")
         for epoch, lr in self.lr.items():
             if epoch not in self.phases:
-                raise SettingError(f"lr is given for epoch {epoch}, where no phase begins; they do at {sorted(self.phases)}")
+                raise SettingError(
+                    f"lr is given for epoch {epoch}, where no phase begins; they do at {sorted(self.phases)}"
+                )
             if not lr > 0:
                 raise SettingError(f"the lr of the phase at epoch {epoch} must be above 0, got {lr}")
 

@@ -51,7 +51,8 @@ def evaluate_logits(logits: Tensor, labels: Tensor, class_names: Sequence[str]) 
     Source: scikit-learn ``precision_recall_fscore_support``.
 
     Example:
-        >>> result = evaluate_logits(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 1, 1]), ["a", "b"])
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+        >>> result = evaluate_logits(logits, torch.tensor([0, 1, 1]), ["a", "b"])
         >>> round(result.accuracy, 3), result.per_class["b"]["recall"], result.count
         (0.667, 0.5, 3)
     """

@@ -110,7 +110,10 @@ class TransferModel(nn.Module):
         if isinstance(getattr(self.network, "num_classes", None), int):
             self.network.num_classes = len(names)  # type: ignore[assignment]  # a plain attribute in both libraries
         self._stage_names = split_into_stages(
-            self.network, head_paths=self.head_paths, channels=len(self.preprocessing.mean), size=self.preprocessing.size
+            self.network,
+            head_paths=self.head_paths,
+            channels=len(self.preprocessing.mean),
+            size=self.preprocessing.size,
         )
 
     @property

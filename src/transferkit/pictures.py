@@ -143,7 +143,9 @@ def list_pictures(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str
         if path.is_dir():
             pictures, others = find_pictures(path)
             if not pictures:
-                raise DataError(f"no pictures in {path} or below, only {len(others)} other files; give another folder")
+                raise DataError(
+                    f"no pictures in {path} or below, only {len(others)} other file(s); give another folder"
+                )
             found.extend(pictures)
         else:
             found.append(str(path))

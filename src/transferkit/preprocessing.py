@@ -37,8 +37,8 @@ class Preprocessing:
     Source: torchvision ``ImageClassification`` presets and timm ``resolve_data_config`` carry the same facts.
 
     Example:
-        >>> Preprocessing(size=224, resize_size=256).resized(112)
-        Preprocessing(size=112, resize_size=128, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation='bilinear', crop='center')
+        >>> Preprocessing(size=224, resize_size=256).resized(112).resize_size
+        128
     """
 
     size: int = 224

@@ -6,6 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,7 +91,7 @@ class PictureFiles:
         return self.pictures[index].path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DatasetPictures:
     """A source over a map-style data set of (image, label) pairs.
 
@@ -122,12 +123,16 @@ class DatasetPictures:
         return picture, self._mapped(label, index)
 
     def labels(self) -> list[int]:
-        """Return every label in order; read from the data set's own list where it has one, else from its pairs."""
-        return [self._mapped(label, index) for index, label in enumerate(raw_labels(self.dataset))]
+        """Return every label in order: from the data set's own list where it has one, else, once, from its pairs."""
+        return list(self._labels)
 
     def name(self, index: int) -> str:
         """Return the path of picture ``index`` where the data set knows it, else its number."""
         return _name(self.dataset, index)
+
+    @cached_property
+    def _labels(self) -> list[int]:
+        return [self._mapped(label, index) for index, label in enumerate(raw_labels(self.dataset))]
 
     def _mapped(self, label: Any, index: int) -> int:
         number = _whole(label, self.dataset, index)

@@ -86,7 +86,9 @@ class Trainer:
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise SettingError(f"clip_grad_norm must be above 0, or None for no limit, got {clip_grad_norm}")
         if class_weights is not None and len(class_weights) != classes:
-            raise SettingError(f"class_weights needs one weight for each of {classes} classes, got {len(class_weights)}")
+            raise SettingError(
+                f"class_weights needs one weight for each of {classes} classes, got {len(class_weights)}"
+            )
         if mixup < 0 or cutmix < 0:
             raise SettingError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
         if (mixup or cutmix) and classes < 2:
@@ -120,7 +122,7 @@ class Trainer:
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-        return self.accelerator.device
+        return cast(torch.device, self.accelerator.device)
 
     @property
     def is_main_process(self) -> bool:
@@ -165,9 +167,10 @@ class Trainer:
             try:
                 self._call("on_fit_start")
                 wrapped = None
-                for self.epoch in range(len(self.history), epochs):
-                    if wrapped is None or plan[self.epoch] != self.model.frozen:
-                        wrapped = self._freeze(plan[self.epoch])
+                for epoch in range(len(self.history), epochs):
+                    self.epoch = epoch
+                    if wrapped is None or plan[epoch] != self.model.frozen:
+                        wrapped = self._freeze(plan[epoch])
                     self._run_epoch(wrapped, train_batches, val_batches)
                     if self.should_stop:
                         break
@@ -227,7 +230,7 @@ class Trainer:
             count += len(labels)
             self._call("on_train_batch_end")
         sums = self.accelerator.reduce(torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)]))
-        mean = (sums[0] / sums[1]).item()
+        mean = float(sums[0] / sums[1])
         if not math.isfinite(mean):
             lr = self.optimizer.param_groups[-1]["lr"]
             raise TransferkitError(f"the training loss became {mean} in epoch {self.epoch + 1} at lr {lr:g}; lower lr")

@@ -205,7 +205,8 @@ def trivial_augment(preprocessing: Preprocessing) -> v2.Compose:
         >>> trivial_augment(Preprocessing(size=24, resize_size=28))(Image.new("RGB", (40, 30))).shape
         torch.Size([3, 24, 24])
     """
-    change = v2.TrivialAugmentWide(interpolation=InterpolationMode(preprocessing.interpolation))
+    # Tensors cannot be turned or sheared bicubically.
+    change = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
     return _Preset("trivial_augment", preprocessing, [*_random_crop_and_flip(preprocessing), change])
 
 

@@ -71,7 +71,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
-def fit_state_dict(network: nn.Module, state: Mapping[str, Tensor], *, head_paths: tuple[str, ...], source: str) -> None:
+def fit_state_dict(
+    network: nn.Module, state: Mapping[str, Tensor], *, head_paths: tuple[str, ...], source: str
+) -> None:
     """Load a state dict into a network; only the head, which is replaced anyway, may differ or be missing.
 
     Args:

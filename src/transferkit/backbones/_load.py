@@ -108,7 +108,7 @@ def load_backbone(
 
 def _is_path(weights: str | os.PathLike[str]) -> bool:
     text = os.fspath(weights)
-    return not isinstance(weights, str) or "/" in text or os.sep in text or text.endswith((".pth", ".pt", ".safetensors"))
+    return not isinstance(weights, str) or "/" in text or os.sep in text or text.endswith((".pth", ".safetensors"))
 
 
 def build_network(name: str, *, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
@@ -139,8 +139,7 @@ def adopt_module(network: nn.Module, *, head: str | None, preprocessing: Preproc
     if head is not None:
         if not isinstance(modules.get(head), nn.Linear | nn.Conv2d):
             raise SettingError(
-                f"head={head!r} is no nn.Linear or nn.Conv2d of {type(network).__name__}"
-                f"{_nearest_layer(head, network)}"
+                f"head={head!r} is no nn.Linear or nn.Conv2d of {type(network).__name__}{_nearest_layer(head, network)}"
             )
         paths = (head,)
     else:

@@ -70,7 +70,9 @@ class _Stage:
     units: list[_Unit] = field(default_factory=list)
 
 
-def split_into_stages(network: nn.Module, *, head_paths: tuple[str, ...], channels: int, size: int) -> tuple[StageNames, ...]:
+def split_into_stages(
+    network: nn.Module, *, head_paths: tuple[str, ...], channels: int, size: int
+) -> tuple[StageNames, ...]:
     """Assign every parameter, buffer and module of a network to exactly one stage, in execution order.
 
     Args:
@@ -103,7 +105,7 @@ def split_into_stages(network: nn.Module, *, head_paths: tuple[str, ...], channe
     for unit in units:
         current = owner.setdefault(id(unit), current)
 
-    modules: dict[str, list[str]] = {stage.name: [] for stage in stages} | {"head": []}
+    modules: dict[str, list[str]] = {name: [] for name in [*(stage.name for stage in stages), "head"]}
     for unit in units:
         modules[owner[id(unit)]] += [f"{unit.path}.{name}".rstrip(".") for name, _ in unit.module.named_modules()]
     for path in head_paths:
@@ -191,18 +193,8 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
     in which its modules were declared.
     """
     for device in ("meta", "cpu"):
-        twins: dict[int, Any] = {}
-        if device == "meta":
-            for tensor in _own_tensors(network):
-                empty = torch.empty_like(tensor, device="meta")
-                twins[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-        watched = {id(twin): original for original, twin in twins.items()}
         try:
-            probe = copy.deepcopy(network, twins).eval()
-            if device == "cpu":
-                watched = {
-                    id(twin): id(tensor) for twin, tensor in zip(_own_tensors(probe), _own_tensors(network), strict=True)
-                }
+            probe, watched = _twin(network, device)
             clock = _Clock(watched)
 
             def note_start(unit: _Unit, clock: _Clock = clock) -> None:
@@ -233,6 +225,18 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
         reason,
     )
     return {}
+
+
+def _twin(network: nn.Module, device: str) -> tuple[nn.Module, dict[int, int]]:
+    """Copy a network, without its values for ``meta``; also maps each copied tensor's identity to the original's."""
+    tensors = _own_tensors(network)
+    memo: dict[int, Any] = {}
+    if device == "meta":
+        for tensor in tensors:
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    probe = copy.deepcopy(network, memo).eval()
+    return probe, {id(twin): id(tensor) for twin, tensor in zip(_own_tensors(probe), tensors, strict=True)}
 
 
 def _order(units: list[_Unit], clock: dict[int, int]) -> None:

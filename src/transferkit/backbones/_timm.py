@@ -18,11 +18,20 @@ from transferkit.backbones._base import Backbone, fit_state_dict, read_state_dic
 from transferkit.exceptions import SettingError, WeightsError, closest
 from transferkit.preprocessing import Preprocessing
 
-__all__ = ["BUNDLED", "build", "bundled_path", "find_head_paths", "list_names", "load", "model_info", "preprocessing_of"]
+__all__ = [
+    "BUNDLED",
+    "build",
+    "find_head_paths",
+    "list_names",
+    "load",
+    "model_info",
+    "preprocessing_of",
+]
 
 BUNDLED = "mobilenetv2_050"
 """The architecture whose own pretrained weights ship inside transferkit (``weights="bundled"``)."""
 
+_BUNDLED_FILE = Path(__file__).with_name("bundled") / "model.safetensors"
 _BUNDLED_PREPROCESSING = Preprocessing(size=112, resize_size=128)
 
 
@@ -30,11 +39,6 @@ _BUNDLED_PREPROCESSING = Preprocessing(size=112, resize_size=128)
 def list_names() -> tuple[str, ...]:
     """Return the names of timm's architectures, without weight tags."""
     return tuple(timm.list_models())
-
-
-def bundled_path() -> Path:
-    """Return the file of the bundled weights."""
-    return Path(__file__).with_name("bundled") / "model.safetensors"
 
 
 def find_head_paths(network: nn.Module) -> tuple[str, ...]:
@@ -113,7 +117,7 @@ def load(architecture: str, *, weights: str | Path | None, image_size: int | Non
         if bare != BUNDLED:
             raise WeightsError(f"no bundled weights for timm/{bare}; they belong to timm/{BUNDLED}")
         described, preprocessing = "transferkit bundled", _BUNDLED_PREPROCESSING
-        fit_state_dict(network, read_state_dict(bundled_path()), head_paths=head_paths, source=described)
+        fit_state_dict(network, read_state_dict(_BUNDLED_FILE), head_paths=head_paths, source=described)
     elif isinstance(weights, Path):
         described = str(weights)
         fit_state_dict(network, read_state_dict(weights), head_paths=head_paths, source=described)

@@ -41,8 +41,7 @@ class Progress(Callback):
         if not trainer.is_main_process:
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
         self._bar = Bar(
             TextColumn("{task.description}"),
