@@ -2,8 +2,8 @@
 
 Two steps, each resumable, both on the CPU::
 
-    python pretraining/pretrain_bundled.py views --pictures DIR --teacher mobilenet_v2.pth --store STORE
-    python pretraining/pretrain_bundled.py train --teacher mobilenet_v2.pth --store STORE --output DIR
+    python scripts/pretrain_bundled.py views --pictures DIR --teacher mobilenet_v2.pth --store STORE
+    python scripts/pretrain_bundled.py train --teacher mobilenet_v2.pth --store STORE --output DIR
 
 ``views`` cuts random views out of the pictures once, mixes some of them, and stores each with the teacher's
 features. ``train`` fits the student to those features and, through the teacher's own classifier, to its

@@ -1,0 +1,252 @@
+"""The ``transferkit`` command. Heavy imports live inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transferkit import __version__
+from transferkit.exceptions import TransferkitError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="transferkit",
+    help="Fine-tune any torchvision or timm classifier on your own folder of pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output and nothing else there.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps …; the best there is by default.")]
+Run = Annotated[Path, typer.Argument(help="Output folder of a run, or any saved model.")]
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends with one sentence and exit code 2."""
+    try:
+        app()
+    except TransferkitError as error:
+        typer.echo(f"transferkit: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("transferkit: interrupted", err=True)
+        sys.exit(130)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune any torchvision or timm classifier on your own folder of pictures."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("transferkit").setLevel(logging.INFO)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for pictures, runs and plots.")] = Path("transferkit-demo"),
+    as_json: Json = False,
+) -> None:
+    """Run the whole job in under a minute, without a network: digits, from pretrained and from random weights."""
+    from transferkit.demo import run_demo
+
+    result = run_demo(output, progress=True)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    pretrained, random = result.pretrained.best(), result.random.best()
+    typer.echo(f"""
+best val_accuracy, same network and budget:
+  pretrained weights  {pretrained.val_accuracy:.3f}  (epoch {pretrained.epoch})
+  random weights      {random.val_accuracy:.3f}  (epoch {random.epoch})
+{result.prediction.path} is a {result.prediction.label!r}, confidence {result.prediction.confidence:.2f}
+written:
+  {result.folder / "run"}/  the best model: model.safetensors, config.json, history.csv
+  {result.folder / "curves.png"}, {result.folder / "predictions.png"}
+
+Now your own folder of pictures, one folder per class:
+  transferkit finetune PATH/TO/PICTURES --model torchvision/mobilenet_v2 --output runs/mine""")
+
+
+@app.command()
+def finetune(
+    data: Annotated[Path, typer.Argument(help="Folder with train/ and val/, or with one folder per class.")],
+    model: Annotated[
+        str, typer.Option(help="torchvision/NAME, timm/NAME, or a bare name; see `transferkit models`.")
+    ] = "torchvision/mobilenet_v2",
+    weights: Annotated[str, typer.Option(help="default, a tag, a path to a state dict, bundled, or none.")] = "default",
+    policy: Annotated[
+        str | None,
+        typer.Option(help="head, full, gradual, until:STAGE or last:N; by default the head first, then everything."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 32,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the head; the recipe's by default.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="light, imagenet, cifar, trivial_augment or none; the recipe's by default.")
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share held out where the data has no val/.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-OF-DATA by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
+    device: Device = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a pretrained network on a folder of pictures; saves the best model, curves and predictions."""
+    import time
+
+    from transferkit.finetuner import Finetuner
+
+    started = time.perf_counter()
+    folder = output if output is not None else Path("runs") / data.resolve().name
+    tuner = Finetuner(
+        model,
+        weights=_weights(weights),
+        policy=policy,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        image_size=image_size,
+        train_preset=augment,
+        val_fraction=val_fraction,
+        seed=seed,
+        output_dir=folder,
+        overwrite=overwrite,
+        device=device,
+        num_workers=workers,
+    )
+    history = tuner.fit(data)
+    tuner.plot_history(folder / "curves.png")
+    tuner.plot_predictions(folder / "predictions.png")
+    best = history.best()
+    if as_json:
+        _print_json(
+            {
+                "output": str(folder),
+                "classes": list(tuner.model.class_names) if tuner.model is not None else [],
+                "best": {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss},
+                "history": history.to_dicts(),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        return
+    typer.echo(f"""
+best epoch {best.epoch}: val_accuracy {best.val_accuracy:.4f}, val_loss {best.val_loss:.4f}
+saved in {folder}: model.safetensors, config.json, history.csv, curves.png, predictions.png
+  transferkit predict {folder} PICTURES…
+  transferkit evaluate {folder} DATA""")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[Path, typer.Argument(help="Folder of class folders, or one with val/ in it.")],
+    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 32,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trained model on labelled pictures."""
+    from transferkit.finetuner import Finetuner
+
+    result = Finetuner.load(run, batch_size=batch_size, device=device).evaluate(data)
+    if as_json:
+        _print_json(result)
+        return
+    rows = [["class", "count", "precision", "recall", "f1"]]
+    for name, figures in result["per_class"].items():
+        shares = [f"{figures[key]:.3f}" for key in ("precision", "recall", "f1")]
+        rows.append([name, str(figures["count"]), *shares])
+    typer.echo(f"accuracy {result['accuracy']:.4f}  loss {result['loss']:.4f}  {result['count']} pictures")
+    _print_table(rows)
+
+
+@app.command()
+def predict(
+    run: Run,
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 32,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Classify pictures with a trained model."""
+    from transferkit.finetuner import Finetuner
+
+    predictions = Finetuner.load(run, batch_size=batch_size, device=device).predict(pictures)
+    if as_json:
+        _print_json(
+            {
+                "predictions": [
+                    {
+                        "path": each.path,
+                        "label": each.label,
+                        "confidence": each.confidence,
+                        "top": [list(pair) for pair in each.top(top)],
+                    }
+                    for each in predictions
+                ]
+            }
+        )
+        return
+    _print_table([[str(each.path), *(f"{name} {share:.3f}" for name, share in each.top(top))] for each in predictions])
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a shell pattern such as 'timm/conv*'.")] = "*",
+    as_json: Json = False,
+) -> None:
+    """List the networks: name, parameters, input size, licence of the weights where timm states it."""
+    from transferkit.backbones import list_models, model_info
+    from transferkit.exceptions import UnknownModelError
+
+    names = list_models(pattern)
+    if not names:
+        raise UnknownModelError(f"no torchvision or timm classifier matches {pattern!r}; try a part of its name")
+    infos = [model_info(name) for name in names]
+    if as_json:
+        _print_json({"models": [info._asdict() for info in infos]})
+        return
+    rows = [["name", "parameters", "input", "licence of weights"]]
+    rows += [
+        [
+            info.name,
+            "–" if info.parameters is None else f"{info.parameters / 1e6:.1f} M",
+            f"{info.input_size} px",
+            info.licence or "not stated",
+        ]
+        for info in infos
+    ]
+    _print_table(rows)
+
+
+def _weights(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def _print_json(values: Any) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
