@@ -18,15 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from transferkit.backbones import Backbone, build_network
-from transferkit.exceptions import ArtifactError, OutputError, TransferkitError
+from transferkit.exceptions import ArtifactError, OutputError
 from transferkit.heads import Head
 from transferkit.model import TransferModel
 from transferkit.preprocessing import Preprocessing
+from transferkit.transforms import eval_transform
 
 __all__ = ["CONFIG", "HISTORY", "WEIGHTS", "load_artifact", "load_weights", "read_config", "save_artifact"]
 
 WEIGHTS, CONFIG, HISTORY = "model.safetensors", "config.json", "history.csv"
 _FORMAT = 1
+_KEYS = ("arguments", "backbone", "eval_transform", "head", "preprocessing", "weights")
+# What the adapters note down. Others are refused: timm takes ones that read files and reach for the network.
+_ARGUMENTS = {"aux_logits", "image_size", "img_size", "transform_input"}
 
 
 def save_artifact(
@@ -34,7 +38,7 @@ def save_artifact(
 ) -> Path:
     """Save a model so that transferkit, and where it is native its own library, can open it.
 
-    Each file is written beside its place and moved there whole.
+    Both files are written beside their places and moved there when they are whole.
 
     Args:
         model: What to save.
@@ -50,23 +54,22 @@ def save_artifact(
     Source: timm ``save_for_hf`` for the layout of ``config.json``.
     """
     folder = Path(directory)
+    text = json.dumps(_config(model, extra), indent=2, ensure_ascii=False) + "\n"
+    partials = {folder / f".{name}.partial": folder / name for name in (WEIGHTS, CONFIG)}
+    weights, config = partials
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / WEIGHTS, lambda path: save_file(_tensors(model.network), path, metadata={"format": "pt"}))
-        text = json.dumps(_config(model, extra), indent=2, ensure_ascii=False)
-        _write(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    except OSError as error:
+        try:
+            save_file(_tensors(model.network), weights, metadata={"format": "pt"})
+            config.write_text(text, encoding="utf-8")
+            for partial, target in partials.items():
+                partial.replace(target)
+        finally:
+            for partial in partials:
+                partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"the model cannot be saved in {folder}: {error}") from error
     return folder
-
-
-def _write(target: Path, write: Any) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        write(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -130,6 +133,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         newer = own["format"] > _FORMAT
         names = own["class_names"]
         complete = isinstance(names, list) and all(isinstance(name, str) for name in names) and bool(names)
+        missing = [key for key in _KEYS if key not in own]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no config of a model saved by transferkit ({error!r})") from error
     if newer:
@@ -138,6 +142,8 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         )
     if not complete:
         raise ArtifactError(f"{file} names no classes")
+    if missing:
+        raise ArtifactError(f"{file} is damaged: it lacks {', '.join(missing)}")
     return dict(config)
 
 
@@ -157,22 +163,25 @@ def load_artifact(directory: str | os.PathLike[str], *, network: nn.Module | Non
         name, head_paths = config["backbone"], tuple(config["head"]["paths"])
         head = Head(len(names), dropout=config["head"]["dropout"], hidden_size=config["head"]["hidden_size"])
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        eval_transform(config["eval_transform"], preprocessing)
         arguments = dict(config["arguments"])
-        if network is None:
-            if name.startswith("module/"):
-                raise ArtifactError(
-                    f"{directory} was made from a module of your own ({name.removeprefix('module/')}); "
-                    "build it again and pass it as network="
-                )
-            network = build_network(name, num_classes=len(names), arguments=arguments)
-        backbone = Backbone(name, network, head_paths, preprocessing, config["weights"], arguments)
+        if unknown := sorted(arguments.keys() - _ARGUMENTS):
+            raise ArtifactError(f"{directory} has arguments that no saved model has ({', '.join(unknown)})")
+        if network is None and name.startswith("module/"):
+            raise ArtifactError(
+                f"{directory} was made from a module of your own ({name.removeprefix('module/')}); "
+                "build it again and pass it as network="
+            )
         with torch.random.fork_rng(devices=[]):
+            if network is None:
+                network = build_network(name, num_classes=len(names), arguments=arguments)
+            backbone = Backbone(name, network, head_paths, preprocessing, config["weights"], arguments)
             model = TransferModel(backbone, class_names=names, head=head)
         model.eval_preset = config["eval_transform"]
     except ArtifactError:
         raise
-    except (TransferkitError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"the model in {directory} cannot be rebuilt: {error}") from error
+    except Exception as error:  # whatever two libraries raise when they are built from a damaged config
+        raise ArtifactError(f"the model in {directory} cannot be rebuilt: {_one_line(error)}") from error
     load_weights(model, directory)
     return model.eval()
 
@@ -187,5 +196,8 @@ def load_weights(model: TransferModel, directory: str | os.PathLike[str]) -> Non
     try:
         model.network.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{file} does not hold the weights of this model: {reason}") from error
+        raise ArtifactError(f"{file} does not hold the weights of this model: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -195,7 +195,7 @@ class Finetuner:
             SettingError: A setting does not go with the data or the network.
         """
         started = time.perf_counter()
-        self._claim_output()
+        self._check_output()
         self.data = self._read(data)
         self.model = self._build(self.data)
         recipe = self.recipe
@@ -222,6 +222,7 @@ class Finetuner:
             precision=self.precision,
         )
         self._show_plan(recipe, optimizer)
+        self._clear_output()
         self.history = trainer.history
         trainer.fit(train_batches, val_batches, epochs=self.epochs)
         if self.output_dir is not None and trainer.is_main_process:
@@ -367,25 +368,34 @@ class Finetuner:
         }
         return {name: value if isinstance(value, plain) else str(value)[:200] for name, value in given.items()}
 
-    def _claim_output(self) -> None:
-        """Make sure that the output folder can be written and holds no other run; remove one that may go."""
+    def _check_output(self) -> None:
+        """Make sure that the output folder can be written and holds no run that must be kept."""
         if self.output_dir is None:
             return
         folder = Path(self.output_dir)
-        mine = [name for name in (CONFIG, WEIGHTS, HISTORY) if (folder / name).exists()]
-        if mine and not self.overwrite:
+        present = self._present()
+        if present and not self.overwrite:
             raise OutputError(
-                f"{folder} already holds a run ({mine[0]}); choose another folder, or overwrite it (--overwrite)"
+                f"{folder} already holds a run ({present[0].name}); choose another folder, or replace it (--overwrite)"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in mine:
-                (folder / name).unlink()
             probe = folder / ".writable"
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise OutputError(f"the output folder {folder} cannot be written: {error}") from error
+
+    def _clear_output(self) -> None:
+        """Remove the run that is to be replaced, once nothing but training can fail."""
+        for file in self._present():
+            file.unlink()
+
+    def _present(self) -> list[Path]:
+        if self.output_dir is None:
+            return []
+        files = (Path(self.output_dir) / name for name in (CONFIG, WEIGHTS, HISTORY))
+        return [file for file in files if file.exists()]
 
     def _read(self, data: Data) -> PictureData:
         if isinstance(data, PictureData):
@@ -434,7 +444,7 @@ class Finetuner:
         if self.output_dir is not None:
             callbacks.append(CSVLogger(Path(self.output_dir) / HISTORY))
         if self.progress:
-            callbacks.append(Progress())
+            callbacks.append(Progress(monitor=self.monitor))
         return [*callbacks, *self.callbacks]
 
     def _class_weights(self, data: PictureData) -> Sequence[float] | None:
@@ -457,6 +467,11 @@ class Finetuner:
         )
         console.print(f"{self.epochs} epochs, {recipe.policy}, {recipe.schedule}", markup=False)
         console.print(model.summary(optimizer), markup=False)
+        for epoch in recipe.policy.changes(model.stage_names, self.epochs):
+            frozen = recipe.policy.frozen_stages(model.stage_names, epoch)
+            training = [name for name in model.stage_names if name not in frozen]
+            lr = recipe.policy.phase_lrs().get(epoch)
+            console.print(f"from epoch {epoch + 1}: {', '.join(training)}{f' at lr {lr:g}' if lr else ''}")
 
     def _trained(self) -> TransferModel:
         if self.model is None:

@@ -45,7 +45,12 @@ class FreezePolicy(ABC):
         """
 
     def changes(self, stage_names: Sequence[str], epochs: int) -> tuple[int, ...]:
-        """Return the epochs, after the first, at which the frozen stages change."""
+        """Return the epochs, after the first, at which the frozen stages change.
+
+        Args:
+            stage_names: All stages in execution order.
+            epochs: How many epochs to look at.
+        """
         states = [self.frozen_stages(stage_names, epoch) for epoch in range(epochs)]
         return tuple(epoch for epoch in range(1, epochs) if states[epoch] != states[epoch - 1])
 
@@ -280,7 +285,7 @@ def policy_from_text(text: str) -> FreezePolicy:
         return plain[text]
     if name == "until" and value:
         return FreezeUntil(value)
-    if name == "last" and value.isdigit():
+    if name == "last" and value.isdecimal():
         return TrainLast(int(value))
     known = ["head", "full", "gradual", "until:STAGE", "last:N"]
     raise SettingError(f"no freeze policy {text!r}; there are {', '.join(known)}{closest(text, known)}")

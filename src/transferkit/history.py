@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transferkit.exceptions import ArtifactError, SettingError, closest
+from transferkit.exceptions import ArtifactError, OutputError, SettingError, closest
 
 __all__ = ["MONITORED", "EpochRecord", "History", "improves"]
 
@@ -90,32 +91,43 @@ class History:
         return [record.to_dict() for record in self.records]
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one line per epoch, replacing the file in one move."""
+        """Write one line per epoch, replacing the file in one move; its folder is made if missing.
+
+        Raises:
+            OutputError: The file cannot be written; an older one is as it was.
+        """
         target = Path(path)
         partial = target.with_name(f".{target.name}.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(EpochRecord.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(self.to_dicts())
-        partial.replace(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(EpochRecord.__dataclass_fields__))
+                writer.writeheader()
+                writer.writerows(self.to_dicts())
+            partial.replace(target)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise OutputError(f"{target} cannot be written: {error}") from error
 
     @classmethod
     def load_csv(cls, path: str | os.PathLike[str]) -> History:
         """Read what :meth:`save_csv` wrote.
 
         Raises:
-            ArtifactError: The file is no such table.
+            ArtifactError: The file is missing or no such table.
         """
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            try:
-                return cls(
-                    [
-                        EpochRecord(int(row.pop("epoch")), **{name: float(value) for name, value in row.items()})
-                        for row in csv.DictReader(file)
-                    ]
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise ArtifactError(f"{path} is no history of a run: {error}") from error
+        try:
+            with Path(path).open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                rows = list(reader)
+            if list(reader.fieldnames or ()) != list(EpochRecord.__dataclass_fields__):
+                raise ValueError(f"its columns must be {', '.join(EpochRecord.__dataclass_fields__)}")
+            return cls(
+                [EpochRecord(int(row.pop("epoch")), **{name: float(row[name]) for name in row}) for row in rows]
+            )
+        except (OSError, csv.Error, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is no history of a run: {error}") from error
 
 
 def improves(record: EpochRecord, best: EpochRecord, monitor: str = "val_accuracy", mode: str | None = None) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from transferkit.exceptions import DataError, SettingError
+from transferkit.exceptions import DataError, SettingError, TransferkitError
 from transferkit.randomness import derive_seed, seeded
 from transferkit.sources import LabelledPictures
 from transferkit.transforms import Transform
@@ -184,7 +185,7 @@ def loader(
     if len(source) == 0:
         raise DataError("there are no pictures to load; give a source with at least one")
     sampler = EpochSampler(len(source), seed=seed, shuffle=train, rank=rank, world_size=world_size)
-    return DataLoader(
+    return _Batches(
         TransformedDataset(source, transform, seed=seed, augmented=train),
         batch_size=batch_size,
         sampler=sampler,
@@ -195,3 +196,21 @@ def loader(
         # Without its own generator every epoch would move the global one.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+class _Batches(DataLoader[tuple[Tensor, int]]):
+    """A ``DataLoader`` whose worker processes report a bad picture as plainly as this process would."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its private iterator
+        try:
+            yield from super().__iter__()
+        except TransferkitError as error:
+            if self.num_workers == 0:
+                raise
+            # torch wraps the worker's whole traceback into the message; its last line is "Class: our sentence". The
+            # wrapped error is let go, since the workers it keeps alive would be waited for.
+            sentence = str(error).strip().splitlines()[-1].partition(": ")[2]
+            mended = type(error)(sentence)
+        else:
+            return
+        raise mended

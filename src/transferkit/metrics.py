@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 from torch.nn import functional as F
 
-from transferkit.exceptions import DataError
+from transferkit.exceptions import DataError, SettingError
 
 __all__ = ["Evaluation", "evaluate_logits", "topk"]
 
@@ -84,7 +84,12 @@ def topk(probabilities: Tensor, class_names: Sequence[str], k: int) -> list[tupl
     Args:
         probabilities: (num_classes,) float.
         class_names: One name per class.
-        k: How many; more than there are classes gives all of them.
+        k: How many, 1 or more; more than there are classes gives all of them.
+
+    Raises:
+        SettingError: ``k`` is below 1.
     """
+    if k < 1:
+        raise SettingError(f"k must be 1 or more, got {k}")
     values, indices = torch.topk(probabilities, min(k, len(class_names)))
     return [(class_names[index], value) for value, index in zip(values.tolist(), indices.tolist(), strict=True)]

@@ -209,7 +209,14 @@ class TransferModel(nn.Module):
         return self.train(self.training)
 
     def check_stage(self, name: str) -> None:
-        """Raise ``UnknownStageError`` unless the network has a stage of this name."""
+        """Raise unless the network has a stage of this name.
+
+        Args:
+            name: What should be among :attr:`stage_names`.
+
+        Raises:
+            UnknownStageError: It is not; the message names those that are.
+        """
         if name not in self.stage_names:
             raise UnknownStageError(
                 f"no stage named {name!r} in {self.name}; its stages are {', '.join(self.stage_names)}"

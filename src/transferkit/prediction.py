@@ -41,7 +41,14 @@ class Prediction:
     probabilities: dict[str, float]
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """Return the ``k`` likeliest classes, likeliest first, as (name, probability)."""
+        """Return the ``k`` likeliest classes, likeliest first, as (name, probability).
+
+        Args:
+            k: How many, 1 or more; more than there are classes gives all of them.
+
+        Raises:
+            SettingError: ``k`` is below 1.
+        """
         return topk(torch.tensor(list(self.probabilities.values()), dtype=torch.float64), list(self.probabilities), k)
 
 

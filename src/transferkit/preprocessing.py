@@ -82,6 +82,9 @@ class Preprocessing:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from :meth:`to_dict`'s values.
 
+        Args:
+            values: One JSON value per field.
+
         Raises:
             ArtifactError: A key is missing, unknown, or has a value of the wrong kind.
         """

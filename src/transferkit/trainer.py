@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from transferkit.callbacks._base import Callback
-from transferkit.devices import make_accelerator
-from transferkit.exceptions import SettingError, TransferkitError
+from transferkit.devices import PRECISIONS, make_accelerator
+from transferkit.exceptions import DataError, SettingError, TransferkitError
 from transferkit.freezing import FreezePolicy, FullFinetune
 from transferkit.history import EpochRecord, History
 from transferkit.metrics import Evaluation, evaluate_logits
@@ -45,13 +46,14 @@ class Trainer:
         class_weights: One weight per class for the training loss, or ``None``.
         mixup: Alpha of mixup, 0 for none (Zhang et al. 2018). With ``cutmix`` too, each batch draws one of them.
         cutmix: Alpha of cutmix, 0 for none (Yun et al. 2019).
-        accumulate: Batches per optimizer step, 1 or more; an epoch's last step may see fewer.
+        accumulate: Batches per optimizer step, 1 or more; an epoch's last step may see fewer. Every picture of a step
+            counts the same, as in one large batch.
         clip_grad_norm: Largest norm of the gradient, or ``None`` for no limit.
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
 
     Attributes:
-        epoch: Number of epochs done, 0 during the first.
+        epoch: The epoch that runs, or ran last, counted from 0.
         step: Number of optimizer steps done.
         history: The records so far.
         should_stop: Set it in a callback to end training after the epoch.
@@ -89,8 +91,14 @@ class Trainer:
             raise SettingError(
                 f"class_weights needs one weight for each of {classes} classes, got {len(class_weights)}"
             )
-        if mixup < 0 or cutmix < 0:
+        if class_weights is not None and not all(0 <= weight < math.inf for weight in class_weights):
+            raise SettingError(f"class_weights must be 0 or more, got {list(class_weights)}")
+        if not (0 <= mixup < math.inf and 0 <= cutmix < math.inf):
             raise SettingError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
+        if seed < 0:
+            raise SettingError(f"seed must be 0 or more, got {seed}")
+        if precision not in PRECISIONS:
+            raise SettingError(f"precision={precision!r}; it can be {', '.join(PRECISIONS)}")
         if (mixup or cutmix) and classes < 2:
             raise SettingError("mixup and cutmix need two classes or more")
         if missing := unassigned_parameters(model.network, optimizer.param_groups):
@@ -134,6 +142,13 @@ class Trainer:
         """Optimizer steps in an epoch."""
         return -(-self.batches_per_epoch // self.accumulate)
 
+    @property
+    def head_group(self) -> int:
+        """Position of the optimizer's group that holds the head; its lr is the one that is shown and set."""
+        head = {id(parameter) for parameter in self.model.stages[-1].parameters}
+        groups = self.optimizer.param_groups
+        return next(i for i, group in enumerate(groups) if any(id(each) in head for each in group["params"]))
+
     def wait_for_everyone(self) -> None:
         """Let all processes reach this point."""
         self.accelerator.wait_for_everyone()
@@ -153,22 +168,25 @@ class Trainer:
 
         Raises:
             SettingError: ``epochs`` is below 1.
+            DataError: There are no pictures to train or to validate on.
             UnknownStageError: The policy names a stage that the model does not have; nothing has been trained then.
             TransferkitError: The loss is no longer a number.
         """
         if epochs < 1:
             raise SettingError(f"epochs must be 1 or more, got {epochs}")
+        if len(train_batches) == 0:
+            raise DataError("there are no batches to train on")
         names = self.model.stage_names
         plan = [self.policy.frozen_stages(names, epoch) for epoch in range(epochs)]
         self.epochs, self.batches_per_epoch, self.should_stop = epochs, len(train_batches), False
-        with keeps_mode(self.model), torch.random.fork_rng():
+        with keeps_mode(self.model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             self.model.to(self.device)
             self.loss_function.to(self.device)
             try:
                 self._call("on_fit_start")
                 wrapped = None
                 for epoch in range(len(self.history), epochs):
-                    self.epoch = epoch
+                    self.epoch, self.step = epoch, epoch * self.steps_per_epoch
                     if wrapped is None or plan[epoch] != self.model.frozen:
                         wrapped = self._freeze(plan[epoch])
                     self._run_epoch(wrapped, train_batches, val_batches)
@@ -185,8 +203,9 @@ class Trainer:
     def _freeze(self, stages: frozenset[str]) -> nn.Module:
         """Apply the policy, and wrap the model for the device: what synchronises gradients must know what trains."""
         self.model.freeze(stages)
-        self.accelerator.free_memory()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self._stepper is not self.optimizer:
+            self.accelerator.free_memory()  # it would hold on to the model and the optimizer as wrapped before
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
         return cast(nn.Module, wrapped)
 
@@ -196,7 +215,9 @@ class Trainer:
         self.model.train()
         self._call("on_train_epoch_start")
         train_loss = self._train(wrapped, train_batches)
+        self._require_finite("training", train_loss)
         validation = self.evaluate(val_batches)
+        self._require_finite("validation", validation.loss)
         seconds = time.perf_counter() - started
         self.history.records.append(
             EpochRecord(self.epoch + 1, train_loss, validation.loss, validation.accuracy, seconds)
@@ -207,10 +228,8 @@ class Trainer:
     def _train(self, wrapped: nn.Module, batches: Batches) -> float:
         """Go once through the batches; returns the mean loss per picture."""
         total, count = torch.zeros((), device=self.device), 0
-        for index, (images, labels) in enumerate(batches):
-            first = index - index % self.accumulate
-            window = min(self.accumulate, self.batches_per_epoch - first)
-            last = index == first + window - 1
+        self._stepper.zero_grad()  # what a user or a broken-off epoch left behind would move the first step
+        for index, (images, labels, share, last) in enumerate(_in_steps(batches, self.accumulate)):
             torch.manual_seed(derive_seed(self.seed, 2, self.epoch, index, self.accelerator.process_index))
             images, labels = self._to_device(images, labels)
             targets = labels
@@ -219,7 +238,7 @@ class Trainer:
             self._call("on_train_batch_start")
             with nullcontext() if last else self.accelerator.no_sync(wrapped):
                 loss = self.loss_function(wrapped(images), targets)
-                self.accelerator.backward(loss / window)
+                self.accelerator.backward(loss * share)
             if last:
                 if self.clip_grad_norm is not None:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
@@ -230,11 +249,12 @@ class Trainer:
             count += len(labels)
             self._call("on_train_batch_end")
         sums = self.accelerator.reduce(torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)]))
-        mean = float(sums[0] / sums[1])
-        if not math.isfinite(mean):
-            lr = self.optimizer.param_groups[-1]["lr"]
-            raise TransferkitError(f"the training loss became {mean} in epoch {self.epoch + 1} at lr {lr:g}; lower lr")
-        return mean
+        return float(sums[0] / sums[1])
+
+    def _require_finite(self, which: str, loss: float) -> None:
+        if not math.isfinite(loss):
+            lr = self.optimizer.param_groups[self.head_group]["lr"]
+            raise TransferkitError(f"the {which} loss became {loss} in epoch {self.epoch + 1} at lr {lr:g}; lower lr")
 
     def evaluate(self, batches: Batches) -> Evaluation:
         """Measure the model as it is; its training mode is left as it was.
@@ -264,13 +284,20 @@ class Trainer:
 
 @contextmanager
 def keeps_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the training or eval mode it was in; what is frozen meanwhile stays in eval mode."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put every module back into the training or eval mode it was in.
+
+    What is frozen meanwhile stays in eval mode; what was frozen and is free again gets the mode of the model.
+    """
+    modes = [(module, (model if _is_frozen(module) else module).training) for module in model.modules()]
     try:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode and "train" not in module.__dict__
+            module.training = mode and not _is_frozen(module)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return "train" in module.__dict__  # what TransferModel.freeze puts there
 
 
 def collect_logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -291,6 +318,15 @@ def collect_logits(model: nn.Module, batches: Batches, device: torch.device) -> 
             logits.append(model(images.to(device, non_blocking=True)).float().cpu())
             labels.append(targets)
     return torch.cat(logits[1:] or logits), torch.cat(labels)
+
+
+def _in_steps(batches: Batches, accumulate: int) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
+    """Yield images, labels, the batch's share of its optimizer step's pictures, and whether it is the step's last."""
+    iterator = iter(batches)
+    while window := list(islice(iterator, accumulate)):
+        pictures = sum(len(labels) for _, labels in window)
+        for position, (images, labels) in enumerate(window, 1):
+            yield images, labels, len(labels) / pictures, position == len(window)
 
 
 def _set_epoch(batches: Batches, epoch: int) -> None:

@@ -50,6 +50,9 @@ def list_models(pattern: str = "*") -> list[str]:
 def model_info(name: str) -> ModelInfo:
     """Return size, input and licence of one model of :func:`list_models`.
 
+    Args:
+        name: ``"torchvision/resnet18"`` or ``"timm/convnext_atto"``; a bare name is torchvision's first.
+
     Raises:
         UnknownModelError: No such model.
     """

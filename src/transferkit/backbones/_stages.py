@@ -83,7 +83,7 @@ def split_into_stages(
 
     Returns:
         ``stem``, ``stage1`` … ``stageN``, ``head``. Tensors of the network itself (``cls_token``, ``pos_embed``) belong
-        to the stage that ran just before their first use; a tensor shared by several modules to the first of them.
+        to the stage that ran just before their first use; a tensor or module that is shared to its first user's.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -95,7 +95,10 @@ def split_into_stages(
     """
     heads = {id(network.get_submodule(path)) for path in head_paths}
     containers: list[str] = [""]
-    units = list(_units(network, "", heads, containers))
+    units: list[_Unit] = []
+    for unit in _units(network, "", heads, containers):
+        if all(unit.module is not other.module for other in units):
+            units.append(unit)
     clock = _run(network, units, channels, size)
     _order(units, clock)
     weighted = [unit for unit in units if _own_tensors(unit.module)]
@@ -106,13 +109,14 @@ def split_into_stages(
         current = owner.setdefault(id(unit), current)
 
     modules: dict[str, list[str]] = {name: [] for name in [*(stage.name for stage in stages), "head"]}
-    for unit in units:
-        modules[owner[id(unit)]] += [f"{unit.path}.{name}".rstrip(".") for name, _ in unit.module.named_modules()]
-    for path in head_paths:
-        head = network.get_submodule(path)
-        modules["head"] += [f"{path}.{name}".rstrip(".") for name, _ in head.named_modules()]
-    tensors: dict[str, list[str]] = {name: [] for name in modules}
+    tops = [*((owner[id(unit)], unit.path) for unit in units), *(("head", path) for path in head_paths)]
     seen: set[int] = set()
+    for name, path in tops:
+        for inner, module in network.get_submodule(path).named_modules():
+            if id(module) not in seen:
+                seen.add(id(module))
+                modules[name].append(f"{path}.{inner}".rstrip("."))
+    tensors: dict[str, list[str]] = {name: [] for name in modules}
     for name, paths in modules.items():
         for path in paths:
             for key, tensor in _direct_tensors(network.get_submodule(path)):
@@ -211,7 +215,8 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
                 twin = probe.get_submodule(unit.path)
                 twin.register_forward_pre_hook(lambda module, args, unit=unit: note_start(unit))
                 twin.register_forward_hook(lambda module, args, output, unit=unit: note_shape(unit, output))
-            with torch.no_grad(), clock:
+            # A real run may draw random numbers, in eval mode too.
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), clock:
                 probe(torch.zeros(1, channels, size, size, device=device))
             return clock.first
         except Exception as error:  # whatever the network raises, its order is still known from its declaration
@@ -243,10 +248,8 @@ def _order(units: list[_Unit], clock: dict[int, int]) -> None:
     """Sort by first use; what is never used stays behind its neighbour in the declaration."""
     last = 0
     for unit in units:
-        uses = [clock[id(tensor)] for tensor in _own_tensors(unit.module) if id(tensor) in clock]
-        if unit.start >= 0:
-            uses.append(unit.start)
-        unit.start = min(uses, default=last)
+        if unit.start < 0:  # never called itself; its tensors may be used all the same
+            unit.start = min((clock[id(each)] for each in _own_tensors(unit.module) if id(each) in clock), default=last)
         last = unit.start
     units.sort(key=lambda unit: unit.start)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -128,14 +129,16 @@ def load(architecture: str, *, weights: str | Path | None, image_size: int | Non
 
 def _config(bare: str, tag: str) -> Any:
     """Return timm's metadata of one tag (the default one for ``""``)."""
-    known = [each.partition(".")[2] for each in timm.list_pretrained(f"{bare}.*") if each.partition(".")[0] == bare]
-    if tag and tag not in known:
+    if not tag:
+        return get_pretrained_cfg(bare)
+    known = [each.partition(".")[2] for each in timm.list_pretrained(f"{bare}.*")]
+    if tag not in known:
         offered = f"it has {', '.join(known)}" if known else "timm has no pretrained weights for it"
         raise WeightsError(
             f"no weights {tag!r} for timm/{bare}; {offered}; a path to a local state dict or None also works"
             f"{closest(tag, known)}"
         )
-    return get_pretrained_cfg(f"{bare}.{tag}" if tag else bare)
+    return get_pretrained_cfg(f"{bare}.{tag}")
 
 
 def _download(name: str, config: Any, arguments: Mapping[str, Any]) -> nn.Module:
@@ -157,10 +160,20 @@ def _own_classes(config: Any) -> int:
     return (config.num_classes if config is not None else 0) or 1000
 
 
+@cache
+def _known_parameters() -> dict[str, int]:
+    """Read the counts that scripts/count_timm_parameters.py made, since timm states none."""
+    counts: dict[str, int] = json.loads(Path(__file__).with_name("timm_parameters.json").read_text(encoding="utf-8"))
+    return counts
+
+
 def model_info(architecture: str) -> tuple[int | None, int, str | None]:
-    """Return (parameters, input side in pixels, licence of the weights); builds the network without memory."""
-    config = _config(*architecture.partition(".")[::2])
-    with torch.device("meta"):
-        network = timm.create_model(architecture, pretrained=False)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return parameters, preprocessing_of(network).size, getattr(config, "license", None)
+    """Return (parameters, input side in pixels, licence of the weights) of an architecture with its default weights."""
+    bare, _, tag = architecture.partition(".")
+    config = _config(bare, tag)
+    parameters = _known_parameters().get(bare)
+    if parameters is None:  # an architecture that is newer than the table
+        with torch.device("meta"):
+            parameters = sum(each.numel() for each in timm.create_model(bare, pretrained=False).parameters())
+    size = config.input_size[-1] if config is not None else 224
+    return parameters, size, getattr(config, "license", None)

@@ -24,15 +24,17 @@ class Progress(Callback):
 
     Args:
         console: Where to write; ``None`` for the terminal's standard error, so that standard output stays free.
+        monitor: The figure by which an epoch is called the best.
 
     Example:
         >>> Progress().console is None
         True
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        """Store the console; nothing is written yet."""
+    def __init__(self, console: Console | None = None, *, monitor: str = "val_accuracy") -> None:
+        """Store the settings; nothing is written yet."""
         self.console = console
+        self.monitor = monitor
         self._bar: Any = None
         self._task: Any = None
 
@@ -70,13 +72,14 @@ class Progress(Callback):
         if self._bar is None:
             return
         record = trainer.history.records[-1]
-        best = trainer.history.best() is record
+        best = trainer.history.best(self.monitor) is record
         self._bar.remove_task(self._task)
         self._bar.console.print(
             f"epoch {record.epoch}/{trainer.epochs}  train_loss {record.train_loss:.4f}  "
             f"val_loss {record.val_loss:.4f}  val_accuracy {record.val_accuracy:.4f}  "
             f"{record.seconds:.1f} s{'  best' if best else ''}",
             highlight=False,
+            soft_wrap=True,  # one line per epoch, however narrow the terminal or the log is
         )
 
     def on_fit_end(self, trainer: Trainer) -> None:
@@ -94,7 +97,10 @@ class CSVLogger(Callback):
     """Write ``history.csv`` anew after every epoch.
 
     Args:
-        path: The file.
+        path: The file; its folder is made if missing.
+
+    Raises:
+        OutputError: While training: the file cannot be written.
 
     Example:
         >>> CSVLogger("runs/bees/history.csv").path.name
@@ -108,7 +114,6 @@ class CSVLogger(Callback):
     def on_validation_end(self, trainer: Trainer) -> None:
         """Write the table."""
         if trainer.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             trainer.history.save_csv(self.path)
 
 
@@ -145,7 +150,8 @@ class TensorBoard(Callback):
         if self._tracker is not None:
             record = trainer.history.records[-1].to_dict()
             step = record.pop("epoch")
-            self._tracker.log({**record, "lr": trainer.optimizer.param_groups[-1]["lr"]}, step=step)
+            lr = trainer.optimizer.param_groups[trainer.head_group]["lr"]
+            self._tracker.log({**record, "lr": lr}, step=step)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Close the event file."""

@@ -47,7 +47,7 @@ class LRScheduler(Callback):
         phase_lrs = trainer.policy.phase_lrs()
         bounds = sorted({0, *(epoch for epoch in phase_lrs if epoch < trainer.epochs), trainer.epochs})
         start, end = next((a, b) for a, b in pairwise(bounds) if a <= trainer.epoch < b)
-        factor = phase_lrs[start] / max(self.base_lrs) if start in phase_lrs else 1.0
+        factor = phase_lrs[start] / self.base_lrs[trainer.head_group] if start in phase_lrs else 1.0
         if isinstance(self.schedule, MetricSchedule):
             factor *= self.schedule.factor_from(trainer.history[self.schedule.monitor][start:])
         else:

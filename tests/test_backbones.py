@@ -1,0 +1,476 @@
+"""Names, weights and preprocessing: from what a person writes to a native network with the right weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+
+from transferkit import backbones
+from transferkit.backbones import list_models, load_backbone, model_info, read_state_dict, resolve_name
+from transferkit.exceptions import SettingError, UnknownModelError, WeightsError
+from transferkit.model import TransferModel, create_model
+from transferkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+SQUEEZENET_FILE = "squeezenet1_1-b8a52dc0.pth"
+BUNDLED_FILE = Path(backbones.__file__).parent / "bundled" / "model.safetensors"
+
+
+class NoNetwork(socket.socket):
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        raise OSError("this test has no network")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Cut the network, and let torch and the hub look for downloads in an empty folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(socket, "socket", NoNetwork)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets on import
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path
+
+
+def body(model: TransferModel) -> dict[str, Tensor]:
+    heads = tuple(f"{path}." for path in model.head_paths)
+    return {key: value for key, value in model.network.state_dict().items() if not key.startswith(heads)}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "resolved"),
+    [
+        ("torchvision/resnet18", ("torchvision", "resnet18")),
+        ("timm/resnet18", ("timm", "resnet18")),
+        ("timm/resnet18.a1_in1k", ("timm", "resnet18.a1_in1k")),
+        ("resnet18", ("torchvision", "resnet18")),
+        ("convnext_atto", ("timm", "convnext_atto")),
+        ("convnext_atto.d2_in1k", ("timm", "convnext_atto.d2_in1k")),
+    ],
+)
+def test_a_bare_name_is_torchvisions_first(name: str, resolved: tuple[str, str]) -> None:
+    assert resolve_name(name) == resolved
+
+
+def test_the_log_says_what_a_bare_name_was_taken_for(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="transferkit"):
+        load_backbone("squeezenet1_1", weights=None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "squeezenet1_1 is taken as torchvision/squeezenet1_1",
+        "torchvision/squeezenet1_1 with random weights",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"),
+    [
+        ("resnet81", "torchvision/resnet18"),
+        ("torchvision/mobilenetv2", "torchvision/mobilenet_v2"),
+        ("timm/convnext_ato", "timm/convnext_atto"),
+        ("Squeezenet1_1", "torchvision/squeezenet1_1"),
+        ("keras/resnet50", "torchvision/resnet50"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_closest_real_ones(name: str, offered: str) -> None:
+    with pytest.raises(UnknownModelError) as caught:
+        create_model(name, weights=None, num_classes=2)
+    assert f"no torchvision or timm classifier named {name!r}" in str(caught.value)
+    assert f"'{offered}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "/", "torchvision/", "timm/.a1_in1k", "no such thing at all"])
+def test_nonsense_is_an_unknown_model_too(name: str) -> None:
+    with pytest.raises(UnknownModelError, match="transferkit models PATTERN"):
+        resolve_name(name)
+
+
+def test_every_name_offered_can_be_resolved() -> None:
+    names = list_models()
+    assert len(names) == len(set(names)) > 1000
+    assert all("/".join(resolve_name(name)) == name for name in names)
+    assert names == sorted(names, key=lambda name: name.startswith("timm/"))
+
+
+def test_patterns_match_full_and_bare_names() -> None:
+    assert list_models("torchvision/squeezenet*") == ["torchvision/squeezenet1_0", "torchvision/squeezenet1_1"]
+    assert {"torchvision/resnet18", "timm/resnet18"} <= set(list_models("resnet18*"))
+    assert list_models("squeezenet") == list_models("torchvision/squeezenet*")
+    assert list_models("nothing like this") == []
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/mobilenetv2_050", "timm/test_vit.r160_in1k"])
+def test_model_info_counts_what_the_library_counts(name: str) -> None:
+    library, architecture = name.split("/")
+    network = models.get_model(architecture) if library == "torchvision" else timm.create_model(architecture)
+    info = model_info(name)
+    assert (info.name, info.parameters) == (name, sum(each.numel() for each in network.parameters()))
+    assert info.input_size == load_backbone(name, weights=None).preprocessing.size
+    assert (info.licence is None) == (library == "torchvision")
+
+
+# --- preprocessing -------------------------------------------------------------------------------------------------
+
+HALVES = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torchvision/resnet18", Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD, "bilinear")),
+        ("torchvision/mobilenet_v2", Preprocessing(224, 232, IMAGENET_MEAN, IMAGENET_STD, "bilinear")),
+        ("torchvision/efficientnet_b1", Preprocessing(240, 255, IMAGENET_MEAN, IMAGENET_STD, "bilinear")),
+        ("torchvision/efficientnet_b0", Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD, "bicubic")),
+        ("timm/vit_tiny_patch16_224", Preprocessing(224, 248, HALVES, HALVES, "bicubic")),
+        ("timm/resnet10t", Preprocessing(176, 224, IMAGENET_MEAN, IMAGENET_STD, "bicubic")),
+        (
+            "timm/mobilenetv3_large_100.miil_in21k",
+            Preprocessing(224, 256, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear"),
+        ),
+    ],
+)
+def test_preprocessing_is_that_of_the_weights(name: str, expected: Preprocessing) -> None:
+    assert load_backbone(name, weights=None).preprocessing == expected
+
+
+@pytest.mark.parametrize("tag", ["IMAGENET1K_V1", "IMAGENET1K_V2"])
+def test_torchvision_preprocessing_follows_the_chosen_weights(tag: str, offline: Path) -> None:
+    weights = models.MobileNet_V2_Weights[tag]
+    file = offline / "hub" / "checkpoints" / Path(weights.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(models.mobilenet_v2().state_dict(), file)
+    loaded = load_backbone("torchvision/mobilenet_v2", weights=tag)
+    preset = weights.transforms()
+    assert (loaded.preprocessing.size, loaded.preprocessing.resize_size) == (preset.crop_size[0], preset.resize_size[0])
+    assert loaded.weights == f"MobileNet_V2_Weights.{tag}"
+
+
+def test_image_size_keeps_the_crops_share() -> None:
+    model = create_model("torchvision/resnet18", weights=None, num_classes=2, image_size=112)
+    assert (model.preprocessing.size, model.preprocessing.resize_size) == (112, 128)
+
+
+@pytest.mark.parametrize("name", ["torchvision/vit_b_32", "timm/vit_tiny_patch16_224"])
+def test_a_vit_is_built_for_the_image_size(name: str) -> None:
+    model = create_model(name, weights=None, num_classes=2, image_size=64).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+    assert model.preprocessing.size == 64
+
+
+@pytest.mark.parametrize("name", ["torchvision/vit_b_32", "timm/vit_tiny_patch16_224", "torchvision/resnet18"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_an_image_size_below_one_is_refused(name: str, size: int) -> None:
+    with pytest.raises(SettingError):
+        create_model(name, weights=None, num_classes=2, image_size=size)
+
+
+@pytest.mark.parametrize("name", ["torchvision/vit_b_32", "timm/swin_tiny_patch4_window7_224"])
+def test_an_image_size_that_the_patches_do_not_divide_is_refused(name: str) -> None:
+    with pytest.raises(SettingError, match=name.partition("/")[2]):
+        create_model(name, weights=None, num_classes=2, image_size=50)
+
+
+def test_position_embeddings_are_interpolated_from_a_file(tmp_path: Path) -> None:
+    small = dict(image_size=64, patch_size=32, num_layers=1, num_heads=12, hidden_dim=768, mlp_dim=3072)
+    state = models.VisionTransformer(**small).state_dict()
+    full = models.vit_b_32().state_dict()
+    full.update({key: value for key, value in state.items() if key in full and "pos_embedding" not in key})
+    torch.save(full, tmp_path / "vit.pth")
+    model = create_model("torchvision/vit_b_32", weights=tmp_path / "vit.pth", num_classes=2, image_size=64)
+    embedding = model.network.encoder.pos_embedding
+    assert embedding.shape == (1, 2 * 2 + 1, 768)
+    assert torch.equal(embedding[:, 0], full["encoder.pos_embedding"][:, 0])  # the class token's is kept as it is
+    assert torch.equal(model.network.conv_proj.weight, full["conv_proj.weight"])
+
+
+def test_preprocessing_can_be_overridden() -> None:
+    own = Preprocessing(size=64, resize_size=64, mean=HALVES, std=HALVES)
+    assert create_model("torchvision/squeezenet1_1", weights=None, num_classes=2, preprocessing=own).preprocessing == own
+
+
+# --- weights from a file -------------------------------------------------------------------------------------------
+
+
+def native(name: str) -> nn.Module:
+    library, architecture = name.split("/")
+    return models.get_model(architecture) if library == "torchvision" else timm.create_model(architecture)
+
+
+def write(state: dict[str, Tensor], file: Path) -> Path:
+    if file.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in state.items()}, file)
+    else:
+        torch.save(state, file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/mobilenetv2_050"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_file_fills_the_body_and_the_head_is_new(name: str, suffix: str, as_text: bool, tmp_path: Path) -> None:
+    source = native(name)
+    file = write(source.state_dict(), tmp_path / f"weights{suffix}")
+    model = create_model(name, weights=str(file) if as_text else file, num_classes=3)
+    assert equal(body(model), {key: source.state_dict()[key] for key in body(model)})
+    head = model.network.get_submodule(model.head_paths[0])
+    assert head.weight.shape[0] == 3
+    assert model.weights == str(file)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"model": state}])
+def test_a_state_dict_may_lie_in_a_checkpoint(wrap: Any, tmp_path: Path) -> None:
+    source = native("torchvision/squeezenet1_1")
+    torch.save(wrap(source.state_dict()), tmp_path / "checkpoint.pth")
+    model = create_model("torchvision/squeezenet1_1", weights=tmp_path / "checkpoint.pth", num_classes=3)
+    assert torch.equal(model.network.features[0].weight, source.features[0].weight)
+
+
+def test_a_head_of_any_width_or_none_at_all_fits(tmp_path: Path) -> None:
+    source = models.squeezenet1_1(num_classes=7).state_dict()
+    write(source, tmp_path / "seven.pth")
+    write({key: value for key, value in source.items() if "classifier" not in key}, tmp_path / "bare.pth")
+    for file in ("seven.pth", "bare.pth"):
+        model = create_model("torchvision/squeezenet1_1", weights=tmp_path / file, num_classes=2)
+        assert torch.equal(model.network.features[0].weight, source["features.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda state: state.pop("features.0.weight"), "1 missing: features.0.weight"),
+        (lambda state: state.update(surprise=torch.ones(1)), "1 unexpected: surprise"),
+        (
+            lambda state: state.update({"features.0.bias": torch.ones(3)}),
+            "1 of another shape: features.0.bias is (3,) in the file, (64,) in the network",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_say_where_and_leave_the_network_untouched(damage: Any, named: str) -> None:
+    network = models.squeezenet1_1()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    state = models.squeezenet1_1().state_dict()
+    damage(state)
+    with pytest.raises(WeightsError) as caught:
+        backbones.fit_state_dict(network, state, head_paths=("classifier.1",), source="my file")
+    assert str(caught.value).startswith("my file does not fit SqueezeNet: ")
+    assert named in str(caught.value)
+    assert equal(before, dict(network.state_dict()))
+
+
+def test_weights_of_another_architecture_are_refused_in_one_short_sentence(tmp_path: Path) -> None:
+    file = write(models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(WeightsError) as caught:
+        create_model("torchvision/squeezenet1_1", weights=file, num_classes=2)
+    assert "missing: features.0.weight" in str(caught.value)
+    assert "unexpected: conv1.weight" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("hidden_in", [lambda evil: evil, lambda evil: {"features.0.weight": evil}])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_pickle_that_carries_code_is_refused_and_never_runs(hidden_in: Any, legacy: bool, tmp_path: Path) -> None:
+    target = tmp_path / "pwned"
+    file = tmp_path / "weights.pth"
+    torch.save(hidden_in(Malicious(target)), file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(WeightsError, match=r"weights.pth cannot be read as a state dict"):
+        create_model("torchvision/squeezenet1_1", weights=file, num_classes=2)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"these are no weights\n", b"\x00" * 64, b"\x80\x02}q\x00."])
+def test_a_file_that_holds_no_weights_is_refused(suffix: str, content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match="weights"):
+        create_model("torchvision/squeezenet1_1", weights=file, num_classes=2)
+
+
+@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {"a": 1}, {}, {"state_dict": {"a": "b"}}])
+def test_a_file_that_holds_something_else_is_refused(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match="not a state dict of tensors by name"):
+        read_state_dict(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/mobilenetv2_050"])
+@pytest.mark.parametrize("file", ["nowhere/weights.pth", "weights.safetensors", "folder/"])
+def test_a_missing_file_is_named(name: str, file: str) -> None:
+    with pytest.raises(WeightsError, match="no weights file at"):
+        create_model(name, weights=file, num_classes=2)
+
+
+# --- weights by name -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "known"),
+    [
+        ("torchvision/resnet50", "IMAGENET1K_V3", ["IMAGENET1K_V1", "IMAGENET1K_V2", "did you mean 'IMAGENET1K_V"]),
+        ("torchvision/resnet50", "bundled", ["IMAGENET1K_V1"]),
+        ("timm/convnext_atto", "d3_in1k", ["d2_in1k", "did you mean 'd2_in1k'"]),
+        ("timm/convnext_atto.d3_in1k", "default", ["d2_in1k"]),
+        ("timm/convnext_atto.d3_in1k", None, ["d2_in1k"]),
+        ("timm/resnet10t", "bundled", ["timm/mobilenetv2_050"]),
+    ],
+)
+def test_an_unknown_tag_is_answered_with_the_known_ones(name: str, weights: str | None, known: list[str]) -> None:
+    with pytest.raises(WeightsError) as caught:
+        create_model(name, weights=weights, num_classes=2)
+    assert "no weights" in str(caught.value) or "no bundled weights" in str(caught.value)
+    assert all(each in str(caught.value) for each in known)
+
+
+def test_torchvision_weights_come_from_torchs_cache_without_a_network(offline: Path) -> None:
+    source = models.squeezenet1_1()
+    file = offline / "hub" / "checkpoints" / SQUEEZENET_FILE
+    file.parent.mkdir(parents=True)
+    torch.save(source.state_dict(), file)
+    model = create_model("squeezenet1_1", num_classes=2)
+    assert equal(body(model), {key: source.state_dict()[key] for key in body(model)})
+    assert model.weights == "SqueezeNet1_1_Weights.IMAGENET1K_V1"
+
+
+def test_a_planted_pickle_in_torchs_cache_never_runs(offline: Path) -> None:
+    file = offline / "hub" / "checkpoints" / SQUEEZENET_FILE
+    file.parent.mkdir(parents=True)
+    torch.save({"features.0.weight": Malicious(offline / "pwned")}, file)
+    with pytest.raises(WeightsError, match="squeezenet1_1"):
+        create_model("squeezenet1_1", num_classes=2)
+    assert not (offline / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/resnet10t", "timm/resnet10t.c3_in1k"])
+def test_a_download_that_fails_says_what_to_do_and_fails_fast(name: str, offline: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(WeightsError) as caught:
+        create_model(name, num_classes=2)
+    assert time.monotonic() - started < 10
+    message = str(caught.value)
+    assert name in message
+    assert "could not be downloaded" in message
+    assert "weights=PATH" in message
+    assert "\n" not in message
+
+
+def test_a_timm_model_without_weights_says_so() -> None:
+    name = next(name for name in timm.list_models() if not timm.list_pretrained(f"{name}.*"))
+    with pytest.raises(WeightsError, match=f"timm has no pretrained weights for {name}"):
+        create_model(f"timm/{name}", num_classes=2)
+
+
+def test_random_weights_need_no_network(offline: Path) -> None:
+    assert create_model("timm/mobilenetv2_050", weights=None, num_classes=2).weights is None
+    assert create_model("torchvision/squeezenet1_1", weights=None, num_classes=2).weights is None
+
+
+@pytest.mark.skipif(not BUNDLED_FILE.is_file(), reason="the bundled weights are not in this checkout")
+def test_the_bundled_weights_need_no_network_and_bring_their_preprocessing(offline: Path) -> None:
+    model = create_model("timm/mobilenetv2_050", weights="bundled", num_classes=2)
+    assert model.weights == "transferkit bundled"
+    assert (model.preprocessing.size, model.preprocessing.resize_size) == (112, 128)
+    stored = read_state_dict(BUNDLED_FILE)
+    key = "conv_stem.weight"
+    assert torch.equal(model.network.state_dict()[key], stored[key].float())
+    assert all(value.dtype != torch.float16 for value in model.network.state_dict().values())
+
+
+# --- a module that the user built ----------------------------------------------------------------------------------
+
+
+def own_network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9)
+    )
+
+
+def test_a_module_keeps_its_weights_and_gets_a_new_head_in_place() -> None:
+    network = own_network()
+    before = {key: value.clone() for key, value in network.state_dict().items() if not key.startswith("5.")}
+    model = create_model(network, num_classes=2, preprocessing=Preprocessing(size=32, resize_size=32))
+    assert model.network is network
+    assert model.name == "module/Sequential"
+    assert model.head_paths == ("5",)
+    assert equal(body(model), before)
+    assert network[5].out_features == 2
+
+
+def test_a_module_without_metadata_is_told_which_preprocessing_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="transferkit"):
+        model = create_model(own_network(), num_classes=2)
+    assert model.preprocessing == Preprocessing()
+    assert "Sequential does not say how its pictures are prepared" in caplog.text
+
+
+def test_a_timm_module_brings_its_metadata(caplog: pytest.LogCaptureFixture) -> None:
+    network = timm.create_model("vit_tiny_patch16_224")
+    model = create_model(network, num_classes=2)
+    assert (model.head_paths, model.preprocessing.mean) == (("head",), HALVES)
+    assert not caplog.records
+
+
+def test_head_names_the_layer_to_replace() -> None:
+    network = nn.ModuleDict({"body": nn.Conv2d(3, 4, 3), "classes": nn.Linear(4, 9), "unused": nn.Linear(4, 4)})
+    network.forward = lambda images: network["classes"](network["body"](images).mean((2, 3)))  # type: ignore[method-assign]
+    model = create_model(network, num_classes=2, head="classes", preprocessing=Preprocessing(32, 32))
+    assert model.head_paths == ("classes",)
+    assert (network["classes"].out_features, network["unused"].out_features) == (2, 4)
+
+
+def test_a_module_whose_last_layer_is_a_convolution_keeps_it_one() -> None:
+    model = create_model(models.squeezenet1_1(), num_classes=2)
+    assert model.head_paths == ("classifier.1",)
+    assert isinstance(model.network.classifier[1], nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head": "4"}, "head='4' is no nn.Linear or nn.Conv2d of Sequential"),
+        ({"head": "fc"}, "head='fc' is no nn.Linear or nn.Conv2d of Sequential — did you mean '0' or '5'"),
+        ({"image_size": 64}, "image_size goes with a backbone's name"),
+        ({"weights": "weights.pth"}, "weights goes with a backbone's name"),
+        ({"weights": "IMAGENET1K_V1"}, "weights goes with a backbone's name"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_module_are_refused(arguments: dict[str, Any], message: str) -> None:
+    network = own_network()
+    with pytest.raises(SettingError, match=message):
+        create_model(network, num_classes=2, preprocessing=Preprocessing(), **arguments)
+    assert network[5].out_features == 9
+
+
+def test_a_module_without_a_layer_to_replace_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"Sequential has no nn.Linear or nn.Conv2d that could be its head"):
+        create_model(nn.Sequential(nn.Flatten()), num_classes=2, preprocessing=Preprocessing())
+
+
+def test_head_goes_with_a_module_only() -> None:
+    with pytest.raises(SettingError, match="head= goes with a module"):
+        create_model("torchvision/resnet18", weights=None, num_classes=2, head="fc")

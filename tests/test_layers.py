@@ -1,0 +1,142 @@
+"""Imports go down only, and importing the package does nothing but define names."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(importlib.util.find_spec("transferkit").origin or "").parent  # type: ignore[union-attr]
+
+# DESIGN §2, lowest first; a module may import from its own layer and from those before it.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__init__", "exceptions", "preprocessing", "randomness", "heads", "metrics", "history"),
+    (
+        "backbones",
+        "backbones._base",
+        "backbones._load",
+        "backbones._stages",
+        "backbones._timm",
+        "backbones._torchvision",
+    ),
+    ("model", "transforms", "pictures"),
+    ("freezing", "optim", "schedules", "sources", "data", "loading", "callbacks._base", "devices"),
+    (
+        "trainer",
+        "checkpoint",
+        "callbacks",
+        "callbacks.checkpointing",
+        "callbacks.logging",
+        "callbacks.lr_scheduler",
+    ),
+    ("prediction", "recipes", "finetuner", "plots"),
+    ("demo", "cli", "__main__"),
+)
+LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+HEAVY = ("torch", "torchvision", "timm", "matplotlib", "accelerate", "sklearn", "numpy", "PIL")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = file
+    return found
+
+
+def only_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(tree):
+        if not only_for_types(child):
+            yield child
+            yield from nodes(child)
+
+
+def own_imports(file: Path) -> Iterator[str]:
+    """Yield the package's modules that a file imports, at the top or inside a function."""
+    known = modules()
+    for node in nodes(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports relatively; the house style names the package"
+            targets = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for origin, name in targets:
+            package, _, module = origin.partition(".")
+            if package == "transferkit":
+                inner = f"{module}.{name}".strip(".")
+                yield inner if inner in known else module or "__init__"
+
+
+def test_the_layer_table_names_exactly_the_modules_that_exist() -> None:
+    assert set(LAYER_OF) == set(modules())
+    assert sum(map(len, LAYERS)) == len(LAYER_OF)
+
+
+@pytest.mark.parametrize("module", sorted(LAYER_OF))
+def test_a_module_imports_from_its_own_layer_or_below(module: str) -> None:
+    upward = [target for target in own_imports(modules()[module]) if LAYER_OF[target] > LAYER_OF[module]]
+    assert not upward
+
+
+def test_the_import_reader_sees_imports_inside_functions_and_none_for_types(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text(
+        "if TYPE_CHECKING:\n    from transferkit.trainer import Trainer\n"
+        "from transferkit import __version__\n"
+        "def late():\n    import transferkit.model\n    from transferkit.backbones import _timm\n",
+        encoding="utf-8",
+    )
+    assert list(own_imports(file)) == ["__init__", "model", "backbones._timm"]
+
+
+def answer_of(code: str) -> dict[str, object]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("module", ["transferkit", "transferkit.cli", "transferkit.exceptions"])
+def test_importing_loads_no_heavy_library(module: str) -> None:
+    answer = answer_of(
+        f"import json, sys, {module}\nprint(json.dumps({{'loaded': [n for n in {HEAVY} if n in sys.modules]}}))"
+    )
+    assert answer == {"loaded": []}
+
+
+def test_importing_every_module_has_no_side_effects() -> None:
+    names = [f"transferkit.{name}".removesuffix(".__init__") for name in modules() if name != "__main__"]
+    answer = answer_of(f"""
+import importlib, json, logging, os, random
+import accelerate, matplotlib.pyplot, numpy, sklearn.datasets, sklearn.model_selection, timm, torch, torchvision
+
+def state():
+    loggers = [logging.getLogger(), logging.getLogger("transferkit")]
+    return {{
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": numpy.random.get_state()[1].tolist(),
+        "python": random.getstate()[1],
+        "logging": [(len(each.handlers), each.level) for each in loggers],
+        "environment": dict(os.environ),
+        "threads": torch.get_num_threads(),
+        "backend": matplotlib.get_backend(),
+    }}
+
+before = state()
+for name in {names}:
+    importlib.import_module(name)
+after = state()
+print(json.dumps({{"changed": [key for key in before if before[key] != after[key]]}}))
+""")
+    assert answer == {"changed": []}

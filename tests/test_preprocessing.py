@@ -1,0 +1,95 @@
+"""Preprocessing: validated, resized with its crop, written as plain JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from transferkit.exceptions import ArtifactError, SettingError
+from transferkit.preprocessing import Preprocessing
+
+channels = st.integers(1, 4)
+
+
+@st.composite
+def preprocessings(draw: st.DrawFn) -> Preprocessing:
+    size = draw(st.integers(1, 600))
+    count = draw(channels)
+    unit = st.floats(0.01, 1.0)
+    return Preprocessing(
+        size=size,
+        resize_size=size + draw(st.integers(0, 300)),
+        mean=tuple(draw(st.lists(unit, min_size=count, max_size=count))),
+        std=tuple(draw(st.lists(unit, min_size=count, max_size=count))),
+        interpolation=draw(st.sampled_from(["nearest", "bilinear", "bicubic"])),
+        crop=draw(st.sampled_from(["center", "squash"])),
+    )
+
+
+@given(preprocessings())
+@settings(max_examples=50, deadline=None)
+def test_json_gives_the_same_back(preprocessing: Preprocessing) -> None:
+    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+
+
+@given(preprocessings(), st.integers(1, 600))
+@settings(max_examples=100, deadline=None)
+def test_another_size_keeps_the_crops_share(preprocessing: Preprocessing, size: int) -> None:
+    other = preprocessing.resized(size)
+    assert other.size == size
+    assert other.resize_size >= size
+    assert abs(other.resize_size - preprocessing.resize_size * size / preprocessing.size) < 1
+    assert (other.mean, other.std, other.crop) == (preprocessing.mean, preprocessing.std, preprocessing.crop)
+
+
+def test_resizing_to_the_same_size_changes_nothing() -> None:
+    assert Preprocessing(size=224, resize_size=232).resized(224) == Preprocessing(size=224, resize_size=232)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 0}, "1 <= size <= resize_size"),
+        ({"size": 300}, "got size=300, resize_size=256"),
+        ({"mean": (0.5,)}, "one value per channel"),
+        ({"std": (0.5, 0.5, 0.0)}, "std above 0"),
+        ({"std": (0.5, 0.5, float("nan"))}, "std above 0"),
+        ({"interpolation": "lanczos"}, "interpolation='lanczos'; it can be nearest, bilinear or bicubic"),
+        ({"crop": "border"}, "crop='border'; it can be center or squash"),
+    ],
+)
+def test_values_outside_their_range_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Preprocessing(**values)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_below_one_pixel_is_refused(size: int) -> None:
+    with pytest.raises(SettingError, match="1 or more pixels"):
+        Preprocessing().resized(size)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"mean": None},
+        {"std": [0, 0, 0]},
+        {"std": ["a", "b", "c"]},
+        {"size": "224"},
+        {"interpolation": "magic"},
+        {"surprise": 1},
+    ],
+)
+def test_a_damaged_config_is_an_artifact_error(damage: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="preprocessing in the saved config cannot be used"):
+        Preprocessing.from_dict({**Preprocessing().to_dict(), **damage})
+
+
+def test_a_config_without_a_mean_is_an_artifact_error() -> None:
+    values = Preprocessing().to_dict()
+    del values["mean"]
+    with pytest.raises(ArtifactError, match="mean"):
+        Preprocessing.from_dict(values)
