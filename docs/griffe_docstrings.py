@@ -1,4 +1,4 @@
-"""Make the docstrings' house style readable on the site: Sphinx roles, ``Example:`` and ``Source:``."""
+"""Make docstrings of the house style readable on the site, and mend what griffe makes of classes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,33 @@ _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`~?([^`]+)`")
 
 
 class HouseStyle(griffe.Extension):
-    """Rewrite each docstring before it is parsed, and hide special methods, which say nothing new on a page."""
+    """Rewrite Sphinx roles, ``Example:`` and ``Source:`` before docstrings are parsed; mend classes afterwards."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite one docstring."""
-        if isinstance(obj, griffe.Function) and obj.name.startswith("__") and obj.name != "__init__":
-            obj.public = False
         if obj.docstring is None:
             return
         text = _ROLE.sub(lambda role: f"`{role[1].removeprefix('transferkit.')}`", obj.docstring.value)
         text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
         # A lone "Source: …" would be read as the title of an empty section.
         obj.docstring.value = re.sub(r"^Source: ", "**Source:** ", text, flags=re.MULTILINE)
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Mend every class of a package."""
+        for module in pkg.modules.values():
+            if not module.is_alias:
+                self.on_package(pkg=module)
+        for cls in pkg.classes.values():
+            if not cls.is_alias:
+                _mend(cls)
+
+
+def _mend(cls: griffe.Class) -> None:
+    # Special methods say nothing new on a page.
+    for name in [name for name in cls.members if name.startswith("__") and name != "__init__"]:
+        cls.del_member(name)
+    # griffe overlooks a positional field of a keyword-only dataclass.
+    for parameter in cls.parameters if "dataclass" in cls.labels else ():
+        attribute = cls.members.get(parameter.name)
+        if attribute is not None and "kw_only=False" in str(attribute.value):
+            parameter.kind = griffe.ParameterKind.positional_or_keyword

@@ -1,5 +1,6 @@
 """What all tests share: a quiet, deterministic torch, tiny pictures and tiny networks."""
 
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -17,6 +18,14 @@ from transferkit.model import TransferModel, create_model
 from transferkit.randomness import seeded
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_garbage() -> Iterator[None]:
+    """Take what is imported for good: accelerate collects garbage at every phase, 0.5 s among all these modules."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -139,7 +139,7 @@ HALVES = (0.5, 0.5, 0.5)
         ("torchvision/efficientnet_b1", Preprocessing(240, 255, IMAGENET_MEAN, IMAGENET_STD, "bilinear")),
         ("torchvision/efficientnet_b0", Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD, "bicubic")),
         ("timm/vit_tiny_patch16_224", Preprocessing(224, 248, HALVES, HALVES, "bicubic")),
-        ("timm/resnet10t", Preprocessing(176, 224, IMAGENET_MEAN, IMAGENET_STD, "bicubic")),
+        ("timm/resnet10t", Preprocessing(176, 201, IMAGENET_MEAN, IMAGENET_STD, "bicubic")),
         (
             "timm/mobilenetv3_large_100.miil_in21k",
             Preprocessing(224, 256, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear"),
@@ -182,28 +182,31 @@ def test_an_image_size_below_one_is_refused(name: str, size: int) -> None:
         create_model(name, weights=None, num_classes=2, image_size=size)
 
 
-@pytest.mark.parametrize("name", ["torchvision/vit_b_32", "timm/swin_tiny_patch4_window7_224"])
-def test_an_image_size_that_the_patches_do_not_divide_is_refused(name: str) -> None:
-    with pytest.raises(SettingError, match=name.partition("/")[2]):
-        create_model(name, weights=None, num_classes=2, image_size=50)
+def test_an_image_size_that_the_patches_do_not_divide_is_refused() -> None:
+    with pytest.raises(SettingError, match="torchvision/vit_b_32 cannot take 50-px pictures"):
+        create_model("torchvision/vit_b_32", weights=None, num_classes=2, image_size=50)
 
 
 def test_position_embeddings_are_interpolated_from_a_file(tmp_path: Path) -> None:
-    small = dict(image_size=64, patch_size=32, num_layers=1, num_heads=12, hidden_dim=768, mlp_dim=3072)
-    state = models.VisionTransformer(**small).state_dict()
-    full = models.vit_b_32().state_dict()
-    full.update({key: value for key, value in state.items() if key in full and "pos_embedding" not in key})
-    torch.save(full, tmp_path / "vit.pth")
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in models.vit_b_32().state_dict().items()}
+    state = {key: torch.ones(1).expand(shape) for key, shape in shapes.items()}  # one stored number per tensor
+    state["encoder.pos_embedding"] = torch.randn(shapes["encoder.pos_embedding"])
+    torch.save(state, tmp_path / "vit.pth")
     model = create_model("torchvision/vit_b_32", weights=tmp_path / "vit.pth", num_classes=2, image_size=64)
     embedding = model.network.encoder.pos_embedding
     assert embedding.shape == (1, 2 * 2 + 1, 768)
-    assert torch.equal(embedding[:, 0], full["encoder.pos_embedding"][:, 0])  # the class token's is kept as it is
-    assert torch.equal(model.network.conv_proj.weight, full["conv_proj.weight"])
+    assert torch.equal(embedding[:, 0], state["encoder.pos_embedding"][:, 0])  # the class token's is kept as it is
+    grid = state["encoder.pos_embedding"][0, 1:].T.reshape(1, 768, 7, 7)
+    expected = nn.functional.interpolate(grid, size=2, mode="bicubic", align_corners=True)
+    torch.testing.assert_close(embedding[0, 1:].T.reshape(1, 768, 2, 2), expected)
 
 
 def test_preprocessing_can_be_overridden() -> None:
     own = Preprocessing(size=64, resize_size=64, mean=HALVES, std=HALVES)
-    assert create_model("torchvision/squeezenet1_1", weights=None, num_classes=2, preprocessing=own).preprocessing == own
+    assert (
+        create_model("torchvision/squeezenet1_1", weights=None, num_classes=2, preprocessing=own).preprocessing == own
+    )
 
 
 # --- weights from a file -------------------------------------------------------------------------------------------
@@ -357,13 +360,46 @@ def test_torchvision_weights_come_from_torchs_cache_without_a_network(offline: P
     assert model.weights == "SqueezeNet1_1_Weights.IMAGENET1K_V1"
 
 
-def test_a_planted_pickle_in_torchs_cache_never_runs(offline: Path) -> None:
-    file = offline / "hub" / "checkpoints" / SQUEEZENET_FILE
-    file.parent.mkdir(parents=True)
-    torch.save({"features.0.weight": Malicious(offline / "pwned")}, file)
-    with pytest.raises(WeightsError, match="squeezenet1_1"):
-        create_model("squeezenet1_1", num_classes=2)
+def hub_file(offline: Path, repository: str, name: str) -> Path:
+    """Make the place where the Hugging Face hub keeps a downloaded file."""
+    cached = offline / "hub-cache" / f"models--timm--{repository}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    return cached / "snapshots" / ("0" * 40) / name
+
+
+@pytest.mark.parametrize("name", ["timm/mobilenetv2_050", "timm/mobilenetv2_050.lamb_in1k"])
+def test_timm_weights_come_from_the_hubs_cache_without_a_network(name: str, offline: Path) -> None:
+    source = native("timm/mobilenetv2_050").state_dict()
+    write(source, hub_file(offline, "mobilenetv2_050.lamb_in1k", "model.safetensors"))
+    model = create_model(name, num_classes=2)
+    assert equal(body(model), {key: source[key] for key in body(model)})
+    assert model.weights == "timm mobilenetv2_050.lamb_in1k"
+    by_tag = create_model("timm/mobilenetv2_050", weights="lamb_in1k", num_classes=2)
+    assert equal(body(by_tag), body(model))
+
+
+@pytest.mark.parametrize("content", ["malicious", b"", b"no weights", b"\x00" * 64])
+def test_what_is_planted_or_damaged_in_a_cache_is_refused_and_never_runs(content: Any, offline: Path) -> None:
+    ours = offline / "hub" / "checkpoints" / SQUEEZENET_FILE
+    ours.parent.mkdir(parents=True)
+    hubs = hub_file(offline, "mobilenetv2_050.lamb_in1k", "pytorch_model.bin")
+    for file in (ours, hubs):
+        if content == "malicious":
+            torch.save({"features.0.weight": Malicious(offline / "pwned")}, file)
+        else:
+            file.write_bytes(content)
+    for name in ("torchvision/squeezenet1_1", "timm/mobilenetv2_050"):
+        with pytest.raises(WeightsError, match=f"{name} could not be downloaded or read"):
+            create_model(name, num_classes=2)
     assert not (offline / "pwned").exists()
+
+
+def test_a_damaged_safetensors_file_in_the_hubs_cache_is_refused(offline: Path) -> None:
+    hub_file(offline, "mobilenetv2_050.lamb_in1k", "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(WeightsError, match="timm/mobilenetv2_050 could not be downloaded or read"):
+        create_model("timm/mobilenetv2_050", num_classes=2)
 
 
 @pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/resnet10t", "timm/resnet10t.c3_in1k"])
@@ -406,7 +442,12 @@ def test_the_bundled_weights_need_no_network_and_bring_their_preprocessing(offli
 
 def own_network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9)
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 9),
     )
 
 

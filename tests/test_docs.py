@@ -100,7 +100,7 @@ def test_an_example_runs_and_saves_a_model(
 def test_a_command_line_in_the_documentation_is_one_the_terminal_takes(words: list[str]) -> None:
     group = typer.main.get_command(app)
     context = group.make_context("transferkit", words[1:])
-    name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])  # type: ignore[attr-defined]
+    name, command, rest = group.resolve_command(context, words[1:])  # type: ignore[attr-defined]
     command.make_context(name, rest, parent=context)
 
 

@@ -191,7 +191,7 @@ def test_freeze_clears_gradients_of_what_it_freezes_only() -> None:
 def test_an_unknown_stage_changes_nothing_and_says_which_exist() -> None:
     model = small_model().freeze(["stem"])
     with pytest.raises(
-        UnknownStageError, match="no stage named 'stag1' in module/Small; its stages are stem, .*'stage1'"
+        UnknownStageError, match=r"no stage named 'stag1' in module/Small; its stages are stem, .*'stage1'"
     ):
         model.freeze(["stage2", "stag1"])
     assert model.frozen == {"stem"}

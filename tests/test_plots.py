@@ -64,6 +64,11 @@ def test_history_rings_the_epoch_of_best_validation_accuracy_in_both_panels() ->
     assert legend_names(figure) == ["train", "validation", "best epoch"]
 
 
+def test_where_accuracies_tie_the_ring_marks_the_lower_loss() -> None:
+    figure = plot_history(run([0.5, 0.8, 0.8]))  # the loss falls from epoch to epoch
+    assert all(([3], [height]) in points(axes) for axes, height in zip(figure.axes, (2 / 3, 80.0), strict=True))
+
+
 def test_history_of_one_epoch_shows_as_markers() -> None:
     figure = plot_history(run([0.5]))
     for axes in figure.axes:

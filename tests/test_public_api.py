@@ -105,8 +105,8 @@ def test_a_public_name_and_its_public_members_have_a_docstring(name: str) -> Non
     ("name", "thing", "documentation"), [pytest.param(*each, id=each[0]) for each in public_callables()]
 )
 def test_what_takes_arguments_explains_them(name: str, thing: Callable[..., Any], documentation: str) -> None:
-    # A result type such as Prediction is read, not built: its fields are attributes.
+    if arguments(thing) == ["trainer"]:
+        return  # a callback's hook; Callback explains the one signature of all
+    # A result type is read, not built: its fields are attributes.
     explained = "Args:" in documentation or (inspect.isclass(thing) and "Attributes:" in documentation)
-    if inspect.isclass(thing) and issubclass(thing, tuple):
-        return
     assert explained or not arguments(thing), f"{name}{inspect.signature(thing)} has no Args section"

@@ -253,6 +253,13 @@ def test_order_is_that_of_execution_not_of_declaration(name: str, caplog: pytest
     assert not caplog.records
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_of_another_dtype_runs_too(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    stages = split_into_stages(Backwards().to(dtype), head_paths=("fc",), channels=3, size=32)
+    assert [stage.modules[0].split(".")[0] for stage in stages] == ["first", "middle", "last", "fc"]
+    assert not caplog.records
+
+
 def test_a_network_that_cannot_run_keeps_its_declared_order_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="transferkit"):
         _, stages = split("never runs")

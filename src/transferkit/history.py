@@ -45,6 +45,9 @@ class EpochRecord:
 class History:
     """The records of a run, first epoch first.
 
+    Args:
+        records: One per epoch; none by default.
+
     Example:
         >>> history = History([EpochRecord(1, 0.9, 0.8, 0.5, 2.0), EpochRecord(2, 0.7, 0.6, 0.9, 2.0)])
         >>> history.best().epoch, history["val_loss"]
@@ -64,6 +67,9 @@ class History:
     def __getitem__(self, name: str) -> list[float]:
         """Return one figure of every epoch.
 
+        Args:
+            name: An attribute of :class:`EpochRecord`, ``"val_loss"`` for example.
+
         Raises:
             SettingError: No such figure.
         """
@@ -74,6 +80,10 @@ class History:
 
     def best(self, monitor: str = "val_accuracy", mode: str | None = None) -> EpochRecord:
         """Return the best epoch so far; see :func:`improves`.
+
+        Args:
+            monitor: One of :data:`MONITORED`.
+            mode: ``"min"`` or ``"max"``; ``None`` for the direction that is better for this figure.
 
         Raises:
             SettingError: There is no epoch yet, or no such figure.
@@ -92,6 +102,9 @@ class History:
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line per epoch, replacing the file in one move; its folder is made if missing.
+
+        Args:
+            path: The file.
 
         Raises:
             OutputError: The file cannot be written; an older one is as it was.
@@ -114,6 +127,9 @@ class History:
     def load_csv(cls, path: str | os.PathLike[str]) -> History:
         """Read what :meth:`save_csv` wrote.
 
+        Args:
+            path: The file.
+
         Raises:
             ArtifactError: The file is missing or no such table.
         """
@@ -123,9 +139,7 @@ class History:
                 rows = list(reader)
             if list(reader.fieldnames or ()) != list(EpochRecord.__dataclass_fields__):
                 raise ValueError(f"its columns must be {', '.join(EpochRecord.__dataclass_fields__)}")
-            return cls(
-                [EpochRecord(int(row.pop("epoch")), **{name: float(row[name]) for name in row}) for row in rows]
-            )
+            return cls([EpochRecord(int(row.pop("epoch")), **{name: float(row[name]) for name in row}) for row in rows])
         except (OSError, csv.Error, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is no history of a run: {error}") from error
 

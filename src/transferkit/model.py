@@ -298,9 +298,11 @@ def create_model(
     names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(num_classes or 0))
     shape = Head(len(names) if class_names is not None else num_classes or 0, dropout=dropout, hidden_size=hidden_size)
     if isinstance(name, nn.Module):
-        backbone = adopt_module(name, head=head, preprocessing=preprocessing)
         if image_size is not None:
             raise SettingError("image_size goes with a backbone's name; give a module preprocessing=Preprocessing(...)")
+        if weights not in (None, "default"):
+            raise SettingError("weights goes with a backbone's name; load a module's weights before it is passed")
+        backbone = adopt_module(name, head=head, preprocessing=preprocessing)
     else:
         if head is not None:
             raise SettingError("head= goes with a module; the head of a named backbone is known")

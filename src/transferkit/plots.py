@@ -108,7 +108,8 @@ def plot_history(
     _curve(loss, records, "val_loss", label="validation", color=_VALIDATION, **solid)
     _curve(accuracy, records, "val_accuracy", color=_VALIDATION, **solid)
 
-    best = max(records, key=lambda record: record["val_accuracy"])
+    # As History.best does: where accuracies tie, the lower validation loss wins.
+    best = max(records, key=lambda record: (record["val_accuracy"], -record["val_loss"]))
     ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}
     _curve(loss, [best], "val_loss", label="best epoch", color=_TEXT, **ring)
     _curve(accuracy, [best], "val_accuracy", color=_TEXT, **ring)

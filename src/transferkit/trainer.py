@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Batches = Any
 
-__all__ = ["Trainer", "collect_logits"]
+__all__ = ["Trainer", "check_training", "collect_logits"]
 
 
 class Trainer:
@@ -80,25 +80,21 @@ class Trainer:
         precision: str = "auto",
     ) -> None:
         """Store and check the settings; no device is touched yet."""
+        check_training(
+            seed=seed,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            mixup=mixup,
+            cutmix=cutmix,
+            accumulate=accumulate,
+            clip_grad_norm=clip_grad_norm,
+            precision=precision,
+        )
         classes = len(model.class_names)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise SettingError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        if accumulate < 1:
-            raise SettingError(f"accumulate must be 1 or more batches, got {accumulate}")
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise SettingError(f"clip_grad_norm must be above 0, or None for no limit, got {clip_grad_norm}")
         if class_weights is not None and len(class_weights) != classes:
             raise SettingError(
                 f"class_weights needs one weight for each of {classes} classes, got {len(class_weights)}"
             )
-        if class_weights is not None and not all(0 <= weight < math.inf for weight in class_weights):
-            raise SettingError(f"class_weights must be 0 or more, got {list(class_weights)}")
-        if not (0 <= mixup < math.inf and 0 <= cutmix < math.inf):
-            raise SettingError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
-        if seed < 0:
-            raise SettingError(f"seed must be 0 or more, got {seed}")
-        if precision not in PRECISIONS:
-            raise SettingError(f"precision={precision!r}; it can be {', '.join(PRECISIONS)}")
         if (mixup or cutmix) and classes < 2:
             raise SettingError("mixup and cutmix need two classes or more")
         if missing := unassigned_parameters(model.network, optimizer.param_groups):
@@ -280,6 +276,34 @@ class Trainer:
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self)
+
+
+def check_training(
+    *,
+    seed: int,
+    label_smoothing: float,
+    class_weights: Sequence[float] | None,
+    mixup: float,
+    cutmix: float,
+    accumulate: int,
+    clip_grad_norm: float | None,
+    precision: str,
+) -> None:
+    """Raise ``SettingError`` unless these settings of a :class:`Trainer` are within their ranges."""
+    if seed < 0:
+        raise SettingError(f"seed must be 0 or more, got {seed}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise SettingError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if class_weights is not None and not all(0 <= weight < math.inf for weight in class_weights):
+        raise SettingError(f"class_weights must be 0 or more, got {list(class_weights)}")
+    if not (0 <= mixup < math.inf and 0 <= cutmix < math.inf):
+        raise SettingError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
+    if accumulate < 1:
+        raise SettingError(f"accumulate must be 1 or more batches, got {accumulate}")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise SettingError(f"clip_grad_norm must be above 0, or None for no limit, got {clip_grad_norm}")
+    if precision not in PRECISIONS:
+        raise SettingError(f"precision={precision!r}; it can be {', '.join(PRECISIONS)}")
 
 
 @contextmanager

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from transferkit.exceptions import WeightsError
 from transferkit.preprocessing import Preprocessing
 
-__all__ = ["Backbone", "fit_state_dict", "read_state_dict"]
+__all__ = ["UNREADABLE", "Backbone", "fit_state_dict", "read_state_dict"]
+
+UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+"""What a failed download, a damaged file and a pickle that carries code raise."""
 
 
 @dataclass(frozen=True)

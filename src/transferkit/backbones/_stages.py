@@ -196,6 +196,7 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
     A network that cannot run on made input (its arithmetic reads values, or it wants another input) keeps the order
     in which its modules were declared.
     """
+    dtype = next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.float32)
     for device in ("meta", "cpu"):
         try:
             probe, watched = _twin(network, device)
@@ -217,7 +218,7 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
                 twin.register_forward_hook(lambda module, args, output, unit=unit: note_shape(unit, output))
             # A real run may draw random numbers, in eval mode too.
             with torch.random.fork_rng(devices=[]), torch.no_grad(), clock:
-                probe(torch.zeros(1, channels, size, size, device=device))
+                probe(torch.zeros(1, channels, size, size, device=device, dtype=dtype))
             return clock.first
         except Exception as error:  # whatever the network raises, its order is still known from its declaration
             reason = error

@@ -15,7 +15,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from transferkit.backbones._base import Backbone, fit_state_dict, read_state_dict
+from transferkit.backbones._base import UNREADABLE, Backbone, fit_state_dict, read_state_dict
 from transferkit.exceptions import SettingError, WeightsError, closest
 from transferkit.preprocessing import Preprocessing
 
@@ -81,7 +81,7 @@ def build(architecture: str, *, num_classes: int, arguments: Mapping[str, Any]) 
 def _create(name: str, *, pretrained: bool, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         raise SettingError(f"timm/{name} cannot be built with {dict(arguments)}: {error}") from error
     return network
 
@@ -147,10 +147,10 @@ def _download(name: str, config: Any, arguments: Mapping[str, Any]) -> nn.Module
         raise WeightsError(f"timm has no pretrained weights for {name}; pass weights=PATH or weights=None")
     try:
         return _create(name, pretrained=True, num_classes=_own_classes(config), arguments=arguments)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"the weights of timm/{name} could not be downloaded ({reason[:200]}); "
+            f"the weights of timm/{name} could not be downloaded or read ({reason[:200]}); "
             "pass weights=PATH to a local state dict, or weights=None for random weights"
         ) from error
 

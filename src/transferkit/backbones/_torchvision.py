@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from transferkit.backbones._base import Backbone, fit_state_dict, read_state_dict
+from transferkit.backbones._base import UNREADABLE, Backbone, fit_state_dict, read_state_dict
 from transferkit.exceptions import SettingError, WeightsError, closest
 from transferkit.preprocessing import Preprocessing
 
@@ -117,9 +117,10 @@ def _download(architecture: str, entry: Any) -> dict[str, Tensor]:
     """Fetch a weights entry, or find it in torch's cache."""
     try:
         return dict(entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
-    except (OSError, RuntimeError) as error:
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"the weights {entry} of torchvision/{architecture} could not be downloaded ({error}); "
+            f"the weights {entry} of torchvision/{architecture} could not be downloaded or read ({reason[:200]}); "
             "pass weights=PATH to a local state dict, or weights=None for random weights"
         ) from error
 

@@ -38,7 +38,7 @@ class Callback:
         >>> class Shout(Callback):
         ...     def on_epoch_end(self, trainer): print("done")
         Traceback (most recent call last):
-        TypeError: Shout.on_epoch_end is no hook — did you mean 'on_train_epoch_end' or 'on_validation_end'?...
+        TypeError: Shout.on_epoch_end is no hook — did you mean 'on_train_epoch_end' or ...
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
