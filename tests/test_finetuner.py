@@ -299,6 +299,7 @@ def test_a_folder_with_another_run_is_left_alone_unless_it_may_be_replaced(pictu
     [
         ({"data": "missing"}, DataError),
         ({"backbone": "timm/nope"}, UnknownModelError),
+        ({"policy": "until:stage99"}, UnknownStageError),
         ({"class_weights": [1.0]}, SettingError),
     ],
 )
@@ -333,8 +334,8 @@ def test_constructing_does_nothing(tmp_path):
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
-        ({"accumulate": 0}, "accumulate must be 1 or more"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"accumulate": 0}, "accumulate must be 1 or more batches, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"num_workers": -1}, "num_workers must be 0 or more, or None, got -1"),
         ({"val_fraction": 1.0}, "val_fraction must be above 0 and below 1, got 1.0"),
@@ -345,6 +346,22 @@ def test_constructing_does_nothing(tmp_path):
         ({"eval_preset": "light"}, "light"),
         ({"policy": "heads"}, r"no freeze policy 'heads'; there are head, full, .* did you mean 'head'"),
         ({"schedule": "cosin"}, r"no schedule named 'cosin'; .* did you mean 'cosine'"),
+        ({"optimizer": "adam"}, r"no optimizer named 'adam'; give adamw, sgd or a callable"),
+        ({"lr": 0.0}, "lr.* above 0"),
+        ({"lr": -1.0}, "lr.* above 0"),
+        ({"lr": -1.0, "policy": None}, "lr.* above 0"),
+        ({"lr": math.nan}, "lr.* above 0"),
+        ({"weight_decay": -0.1}, "weight_decay.* 0 or more"),
+        ({"layer_decay": 0.0}, "layer_decay.* above 0 and at most 1"),
+        ({"layer_decay": 1.1}, "layer_decay.* above 0 and at most 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"hidden_size": 0}, "hidden_size must be 1 or more"),
+        ({"image_size": 0}, "image size must be 1 or more"),
+        ({"mixup": -0.1}, "mixup and cutmix must be 0 or more"),
+        ({"cutmix": math.inf}, "mixup and cutmix must be 0 or more"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be above 0, or None"),
+        ({"class_weights": [1.0, -1.0]}, "class_weights must be 0 or more"),
     ],
     ids=str,
 )
@@ -484,3 +501,18 @@ def test_a_stream_that_is_no_terminal_gets_no_bar(picture_folder, monkeypatch):
     fitted(picture_folder, epochs=1, progress=True)
     assert "\x1b" not in text.getvalue()
     assert "epoch 1/1" in text.getvalue()
+
+
+def test_a_loaded_model_trains_on_from_its_own_weights(run, picture_folder):
+    tuner, folder = run
+    again = Finetuner.load(folder, **{**{k: TINY[k] for k in TINY if k not in ("backbone", "weights")}, "policy": "head"})
+    again.fit(picture_folder)
+    before = tuner.model.network.state_dict()
+    body = {key: value for key, value in again.model.network.state_dict().items() if not key.startswith("classifier.")}
+    assert body
+    assert all(torch.equal(value, before[key]) for key, value in body.items())
+
+
+def test_the_model_is_ready_to_be_used_after_fitting(run):
+    tuner, _ = run
+    assert not any(module.training for module in tuner.model.modules())

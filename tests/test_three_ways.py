@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import transferkit as tk
-from transferkit.randomness import seeded
 from transferkit.schedules import Progress
 
 SEED, EPOCHS, BATCH, LR, DECAY, LAYER_DECAY = 3, 4, 8, 3e-3, 0.05, 0.7
@@ -24,8 +23,9 @@ def schedule():
 def pieces(folder):
     """The data, the model and the optimizer, each from its own function."""
     data = tk.image_folder(folder)
-    with seeded(SEED, 3):  # where Finetuner draws the head from
-        model = tk.create_model("timm/test_efficientnet", class_names=data.class_names, weights=None, image_size=32)
+    model = tk.create_model(
+        "timm/test_efficientnet", class_names=data.class_names, weights=None, image_size=32, seed=SEED
+    )
     train_transform = tk.train_transform("light", model.preprocessing)
     eval_transform = tk.eval_transform("imagenet", model.preprocessing)
     train = tk.loader(data.train, train_transform, batch_size=BATCH, seed=SEED, train=True)

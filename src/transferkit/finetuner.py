@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,21 +19,22 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transferkit.callbacks import BestCheckpoint, Callback, CSVLogger, LRScheduler, Progress, UnfreezeLogger
 from transferkit.checkpoint import CONFIG, HISTORY, WEIGHTS, load_artifact, save_artifact
 from transferkit.data import from_datasets, image_folder, labelled_folder
-from transferkit.devices import PRECISIONS, choose_device
+from transferkit.devices import choose_device
 from transferkit.exceptions import DataError, OutputError, SettingError
 from transferkit.freezing import FreezePolicy, policy_from_text
+from transferkit.heads import Head
 from transferkit.history import History
 from transferkit.loading import loader
 from transferkit.metrics import evaluate_logits
 from transferkit.model import TransferModel, create_model
-from transferkit.optim import OptimizerFactory, build_optimizer, param_groups
+from transferkit.optim import OptimizerFactory, build_optimizer, check_rates, find_optimizer, param_groups
 from transferkit.prediction import Pictures, Prediction, predict
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
 from transferkit.recipes import Recipe, default_recipe
 from transferkit.schedules import Schedule, schedule_by_name
 from transferkit.sources import LabelledPictures, PictureData
-from transferkit.trainer import Trainer, collect_logits
+from transferkit.trainer import Trainer, check_training, collect_logits
 from transferkit.transforms import Transform, eval_transform, train_transform
 
 if TYPE_CHECKING:
@@ -142,25 +143,34 @@ class Finetuner:
 
     def __post_init__(self) -> None:
         """Validate what can be validated before the data and the network are known."""
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise SettingError(f"seed must be 0 or more, got {self.seed}")
         if self.num_workers is not None and self.num_workers < 0:
             raise SettingError(f"num_workers must be 0 or more, or None, got {self.num_workers}")
         if not 0 < self.val_fraction < 1:
             raise SettingError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
-        if self.precision not in PRECISIONS:
-            raise SettingError(f"precision={self.precision!r}; it can be {', '.join(PRECISIONS)}")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise SettingError(f"class_weights={self.class_weights!r}; it can be 'balanced', a list, or None")
         BestCheckpoint(monitor=self.monitor)
-        probe = Preprocessing()
+        Head(1, dropout=self.dropout, hidden_size=self.hidden_size)
+        probe = Preprocessing() if self.image_size is None else Preprocessing().resized(self.image_size)
         if self.train_preset is not None:
             train_transform(self.train_preset, probe)
         eval_transform(self.eval_preset, probe)
-        _ = self.recipe
+        recipe = self.recipe
+        check_rates(lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
+        find_optimizer(self.optimizer)
+        check_training(
+            seed=self.seed,
+            label_smoothing=recipe.label_smoothing,
+            class_weights=None if isinstance(self.class_weights, str) else self.class_weights,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            accumulate=self.accumulate,
+            clip_grad_norm=self.clip_grad_norm,
+            precision=self.precision,
+        )
 
     @property
     def recipe(self) -> Recipe:
@@ -222,7 +232,6 @@ class Finetuner:
             precision=self.precision,
         )
         self._show_plan(recipe, optimizer)
-        self._clear_output()
         self.history = trainer.history
         trainer.fit(train_batches, val_batches, epochs=self.epochs)
         if self.output_dir is not None and trainer.is_main_process:
@@ -274,6 +283,9 @@ class Finetuner:
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Save the model and the history; :meth:`load`, and the native library, open it.
 
+        Args:
+            directory: Folder to write into; made if missing.
+
         Raises:
             OutputError: The folder cannot be written.
             SettingError: The model is not trained or loaded yet.
@@ -296,7 +308,9 @@ class Finetuner:
             ArtifactError: The folder holds no saved model, or its files do not belong together.
         """
         model = load_artifact(directory, network=network)
-        tuner = cls(model.name, weights=None, eval_preset=model.eval_preset, **settings)
+        # Its weights are where a further fit() on other pictures starts from.
+        weights = Path(directory) / WEIGHTS
+        tuner = cls(model.name, weights=weights, eval_preset=model.eval_preset, **settings)
         tuner.model = model
         history = Path(directory) / HISTORY
         if history.is_file():
@@ -387,7 +401,7 @@ class Finetuner:
             raise OutputError(f"the output folder {folder} cannot be written: {error}") from error
 
     def _clear_output(self) -> None:
-        """Remove the run that is to be replaced, once nothing but training can fail."""
+        """Remove the run that is to be replaced."""
         for file in self._present():
             file.unlink()
 
@@ -411,18 +425,18 @@ class Finetuner:
         return image_folder(data, val_fraction=self.val_fraction, seed=self.seed)
 
     def _build(self, data: PictureData) -> TransferModel:
-        with seeded(self.seed, 3):
-            model = create_model(
-                self.backbone,
-                class_names=data.class_names,
-                weights=self.weights,
-                dropout=self.dropout,
-                hidden_size=self.hidden_size,
-                image_size=self.image_size,
-                preprocessing=self.preprocessing,
-            )
+        model = create_model(
+            self.backbone,
+            class_names=data.class_names,
+            weights=self.weights,
+            dropout=self.dropout,
+            hidden_size=self.hidden_size,
+            image_size=self.image_size,
+            preprocessing=self.preprocessing,
+            seed=self.seed,
+        )
         model.eval_preset = self.eval_preset
-        return model
+        return model.eval()
 
     def _loader(self, source: LabelledPictures, transform: Transform, *, train: bool) -> DataLoader[tuple[Tensor, int]]:
         workers = min(8, (os.cpu_count() or 1) - 1) if self.num_workers is None else self.num_workers
@@ -437,6 +451,7 @@ class Finetuner:
 
     def _callbacks(self, recipe: Recipe) -> list[Callback]:
         callbacks: list[Callback] = [
+            _AtStart(self._clear_output),
             LRScheduler(recipe.schedule),
             BestCheckpoint(self.output_dir, monitor=self.monitor),
             UnfreezeLogger(),
@@ -477,3 +492,15 @@ class Finetuner:
         if self.model is None:
             raise SettingError("there is no model yet: call fit(DATA) first, or Finetuner.load(DIRECTORY)")
         return self.model
+
+
+class _AtStart(Callback):
+    """Do something once nothing but training can fail."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Do it."""
+        if trainer.is_main_process:
+            self.action()

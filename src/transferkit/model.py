@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from transferkit.backbones import Backbone, adopt_module, load_backbone, split_i
 from transferkit.exceptions import SettingError, UnknownStageError, closest
 from transferkit.heads import Head, build_head, head_inputs, replace_module
 from transferkit.preprocessing import Preprocessing
+from transferkit.randomness import seeded
 
 __all__ = ["Stage", "TransferModel", "create_model"]
 
@@ -265,6 +267,7 @@ def create_model(
     image_size: int | None = None,
     head: str | None = None,
     preprocessing: Preprocessing | None = None,
+    seed: int | None = None,
 ) -> TransferModel:
     """Make a classifier for your classes from any torchvision or timm backbone, or from a module you built.
 
@@ -280,9 +283,11 @@ def create_model(
         image_size: Input side in pixels, or ``None`` for the size of the weights.
         head: For a module: dotted name of its classification layer, where it cannot be found.
         preprocessing: Overrides that of the weights.
+        seed: Decides the weights that are drawn, those of the new head at least; ``None`` draws them from torch's
+            global generator.
 
     Returns:
-        A :class:`TransferModel` with nothing frozen. The head's first weights come from torch's global generator.
+        A :class:`TransferModel` with nothing frozen.
 
     Raises:
         UnknownModelError: No such model; the message offers the closest names.
@@ -297,17 +302,20 @@ def create_model(
         raise SettingError("give either class_names or num_classes")
     names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(num_classes or 0))
     shape = Head(len(names) if class_names is not None else num_classes or 0, dropout=dropout, hidden_size=hidden_size)
-    if isinstance(name, nn.Module):
-        if image_size is not None:
-            raise SettingError("image_size goes with a backbone's name; give a module preprocessing=Preprocessing(...)")
-        if weights not in (None, "default"):
-            raise SettingError("weights goes with a backbone's name; load a module's weights before it is passed")
-        backbone = adopt_module(name, head=head, preprocessing=preprocessing)
-    else:
-        if head is not None:
-            raise SettingError("head= goes with a module; the head of a named backbone is known")
-        backbone = load_backbone(name, weights=weights, image_size=image_size)
-    model = TransferModel(backbone, class_names=names, head=shape)
+    with nullcontext() if seed is None else seeded(seed, 3):
+        if isinstance(name, nn.Module):
+            if image_size is not None:
+                raise SettingError(
+                    "image_size goes with a backbone's name; give a module preprocessing=Preprocessing(...)"
+                )
+            if weights not in (None, "default"):
+                raise SettingError("weights goes with a backbone's name; load a module's weights before it is passed")
+            backbone = adopt_module(name, head=head, preprocessing=preprocessing)
+        else:
+            if head is not None:
+                raise SettingError("head= goes with a module; the head of a named backbone is known")
+            backbone = load_backbone(name, weights=weights, image_size=image_size)
+        model = TransferModel(backbone, class_names=names, head=shape)
     if preprocessing is not None:
         model.preprocessing = preprocessing
     return model

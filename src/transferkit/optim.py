@@ -13,7 +13,16 @@ from torch import nn
 
 from transferkit.exceptions import SettingError, closest
 
-__all__ = ["HasParameters", "HasStages", "OptimizerFactory", "build_optimizer", "param_groups", "unassigned_parameters"]
+__all__ = [
+    "HasParameters",
+    "HasStages",
+    "OptimizerFactory",
+    "build_optimizer",
+    "check_rates",
+    "find_optimizer",
+    "param_groups",
+    "unassigned_parameters",
+]
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """Makes an optimizer of a list of groups, such as ``functools.partial(torch.optim.RMSprop, alpha=0.9)``."""
@@ -88,15 +97,7 @@ def param_groups(
         >>> [(group["stage"], group["lr"], group["weight_decay"]) for group in groups]
         [('stem', 0.05, 0.01), ('stem', 0.05, 0.0), ('head', 0.1, 0.01), ('head', 0.1, 0.0)]
     """
-    if not 0 < lr < math.inf:
-        raise SettingError(f"lr={lr}; it must be a number above 0")
-    if not 0 <= weight_decay < math.inf:
-        raise SettingError(f"weight_decay={weight_decay}; it must be 0 or more")
-    if not 0 < layer_decay <= 1:
-        raise SettingError(f"layer_decay={layer_decay}; it must be above 0 and at most 1")
-    if not 0 < head_lr_multiplier < math.inf:
-        raise SettingError(f"head_lr_multiplier={head_lr_multiplier}; it must be a number above 0")
-
+    check_rates(lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, head_lr_multiplier=head_lr_multiplier)
     undecayed = _undecayed(model.network)
     groups: list[dict[str, Any]] = []
     stages = tuple(model.stages)
@@ -111,6 +112,20 @@ def param_groups(
         ]
     _require_every_parameter_once(model.network, groups)
     return groups
+
+
+def check_rates(
+    *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0, head_lr_multiplier: float = 1.0
+) -> None:
+    """Raise ``SettingError`` unless these settings of :func:`param_groups` are within their ranges."""
+    if not 0 < lr < math.inf:
+        raise SettingError(f"lr={lr}; it must be a number above 0")
+    if not 0 <= weight_decay < math.inf:
+        raise SettingError(f"weight_decay={weight_decay}; it must be 0 or more")
+    if not 0 < layer_decay <= 1:
+        raise SettingError(f"layer_decay={layer_decay}; it must be above 0 and at most 1")
+    if not 0 < head_lr_multiplier < math.inf:
+        raise SettingError(f"head_lr_multiplier={head_lr_multiplier}; it must be a number above 0")
 
 
 def build_optimizer(
@@ -138,17 +153,7 @@ def build_optimizer(
         >>> optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]
         (0.1, 0.9)
     """
-    defaults: Mapping[str, Any] = {}
-    factory: OptimizerFactory
-    if not isinstance(name_or_factory, str):
-        factory = name_or_factory
-    elif name_or_factory in _OPTIMIZERS:
-        factory, defaults = _OPTIMIZERS[name_or_factory]
-    else:
-        raise SettingError(
-            f"no optimizer named {name_or_factory!r}; give {', '.join(_OPTIMIZERS)} or a callable"
-            f"{closest(name_or_factory, _OPTIMIZERS)}"
-        )
+    factory, defaults = find_optimizer(name_or_factory)
     own_groups = [dict(group) for group in groups]
     taken = sorted(options.keys() & {key for group in own_groups for key in group})
     if taken:
@@ -160,6 +165,25 @@ def build_optimizer(
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SettingError(f"optimizer {name_or_factory!r} returned {type(optimizer).__name__}, no torch Optimizer")
     return optimizer
+
+
+def find_optimizer(name_or_factory: str | OptimizerFactory) -> tuple[OptimizerFactory, Mapping[str, Any]]:
+    """Return the callable of a name and the options it gets; a callable is returned as it is, without options.
+
+    Args:
+        name_or_factory: As for :func:`build_optimizer`.
+
+    Raises:
+        SettingError: The name is unknown.
+    """
+    if not isinstance(name_or_factory, str):
+        return name_or_factory, {}
+    if name_or_factory not in _OPTIMIZERS:
+        raise SettingError(
+            f"no optimizer named {name_or_factory!r}; give {', '.join(_OPTIMIZERS)} or a callable"
+            f"{closest(name_or_factory, _OPTIMIZERS)}"
+        )
+    return _OPTIMIZERS[name_or_factory]
 
 
 def _undecayed(network: nn.Module) -> set[int]:

@@ -64,7 +64,8 @@ def default_recipe(policy: FreezePolicy | None, epochs: int, *, lr: float | None
     if policy is None and epochs == 1:
         policy = LinearProbe()
     if policy is not None:
-        return Recipe(policy, lr=lr or (HEAD_LR if isinstance(policy, LinearProbe) else FULL_LR))
+        own = HEAD_LR if isinstance(policy, LinearProbe) else FULL_LR
+        return Recipe(policy, lr=own if lr is None else lr)
     head_epochs = max(1, round(epochs * HEAD_SHARE))
     phases: dict[int, FreezePolicy] = {0: LinearProbe(), head_epochs: FullFinetune()}
-    return Recipe(ScheduledUnfreeze(phases, lr={0: HEAD_LR, head_epochs: lr or FULL_LR}), lr=HEAD_LR)
+    return Recipe(ScheduledUnfreeze(phases, lr={0: HEAD_LR, head_epochs: FULL_LR if lr is None else lr}), lr=HEAD_LR)

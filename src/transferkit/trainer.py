@@ -244,7 +244,7 @@ class Trainer:
             total += loss.detach() * len(labels)
             count += len(labels)
             self._call("on_train_batch_end")
-        sums = self.accelerator.reduce(torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)]))
+        sums = self.accelerator.reduce(torch.stack([total, total.new_tensor(count)]))
         return float(sums[0] / sums[1])
 
     def _require_finite(self, which: str, loss: float) -> None:
