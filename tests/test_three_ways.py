@@ -47,6 +47,7 @@ def by_finetuner(folder):
         lr=LR,
         weight_decay=DECAY,
         layer_decay=LAYER_DECAY,
+        head_lr_multiplier=1.0,
         label_smoothing=0.1,
         seed=SEED,
         device="cpu",

@@ -96,7 +96,7 @@ def finetune(
         typer.Option(help="head, full, gradual, until:STAGE or last:N; by default the head first, then everything."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the head; the recipe's by default.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
     augment: Annotated[
@@ -159,7 +159,7 @@ saved in {folder}: model.safetensors, config.json, history.csv, curves.png, pred
 def evaluate(
     run: Run,
     data: Annotated[Path, typer.Argument(help="Folder of class folders, or one with val/ in it.")],
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -183,7 +183,7 @@ def predict(
     run: Run,
     pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

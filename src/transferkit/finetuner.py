@@ -65,6 +65,7 @@ class Finetuner:
         lr: Learning rate of the head at the top of the schedule; ``None`` for the recipe's.
         weight_decay: Of weight matrices and kernels; ``None`` for the recipe's.
         layer_decay: Factor of the lr from one stage to the one before it, above 0, at most 1; ``None`` the recipe's.
+        head_lr_multiplier: How much faster the head learns than the stage below it; ``None`` for the recipe's.
         optimizer: ``"adamw"``, ``"sgd"``, or a callable that takes parameter groups.
         schedule: A schedule or its name; ``None`` for the recipe's.
         image_size: Input side in pixels; ``None`` for the size of the weights.
@@ -109,10 +110,11 @@ class Finetuner:
     weights: str | os.PathLike[str] | None = "default"
     epochs: int = 5
     policy: FreezePolicy | str | None = None
-    batch_size: int = 32
+    batch_size: int = 16
     lr: float | None = None
     weight_decay: float | None = None
     layer_decay: float | None = None
+    head_lr_multiplier: float | None = None
     optimizer: str | OptimizerFactory = "adamw"
     schedule: Schedule | str | None = None
     image_size: int | None = None
@@ -159,7 +161,12 @@ class Finetuner:
             train_transform(self.train_preset, probe)
         eval_transform(self.eval_preset, probe)
         recipe = self.recipe
-        check_rates(lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
+        check_rates(
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            head_lr_multiplier=recipe.head_lr_multiplier,
+        )
         find_optimizer(self.optimizer)
         check_training(
             seed=self.seed,
@@ -182,6 +189,7 @@ class Finetuner:
             schedule=schedule,
             weight_decay=self.weight_decay,
             layer_decay=self.layer_decay,
+            head_lr_multiplier=self.head_lr_multiplier,
             train_preset=self.train_preset,
             label_smoothing=self.label_smoothing,
         )
@@ -213,7 +221,11 @@ class Finetuner:
         train_batches = self._loader(self.data.train, train_transform(recipe.train_preset, preprocessing), train=True)
         val_batches = self._loader(self.data.val, eval_transform(self.eval_preset, preprocessing), train=False)
         groups = param_groups(
-            self.model, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+            self.model,
+            lr=recipe.lr / recipe.head_lr_multiplier,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            head_lr_multiplier=recipe.head_lr_multiplier,
         )
         optimizer = build_optimizer(self.optimizer, groups)
         trainer = Trainer(

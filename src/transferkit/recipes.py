@@ -15,7 +15,7 @@ from transferkit.transforms import Transform
 __all__ = ["Recipe", "default_recipe"]
 
 HEAD_LR = 3e-3
-FULL_LR = 1e-3
+HEAD_LR_MULTIPLIER = 10.0
 HEAD_SHARE = 0.4
 
 
@@ -25,10 +25,11 @@ class Recipe:
 
     Attributes:
         policy: What is frozen when.
-        lr: Learning rate of the head at the top of its schedule.
+        lr: Learning rate of the head at the top of the schedule.
         schedule: Shape of the learning rate over time.
         weight_decay: Of weight matrices and kernels.
         layer_decay: Factor of the lr from one stage to the one before it.
+        head_lr_multiplier: How much faster the new head learns than the pretrained stage below it.
         train_preset: Name of the training transform, or the transform itself.
         label_smoothing: Share of the target spread over all classes.
     """
@@ -38,6 +39,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Cosine)
     weight_decay: float = 0.01
     layer_decay: float = 0.7
+    head_lr_multiplier: float = HEAD_LR_MULTIPLIER
     train_preset: str | Transform = "light"
     label_smoothing: float = 0.0
 
@@ -52,20 +54,19 @@ def default_recipe(policy: FreezePolicy | None, epochs: int, *, lr: float | None
     Args:
         policy: What the user chose, or ``None``.
         epochs: Length of the run, 1 or more. A single epoch is spent on the head.
-        lr: What the user chose, or ``None``; where the recipe has two phases, the first keeps the recipe's lr.
+        lr: Learning rate of the head, or ``None`` for the recipe's. Both phases begin at it, each with its own warm-up.
 
     Source: Kumar et al. 2022 ("Fine-tuning can distort pretrained features and underperform out-of-distribution") for
         the order, Howard & Ruder 2018 for the layer-wise rates.
 
     Example:
         >>> default_recipe(None, 5).policy.phase_lrs()
-        {0: 0.003, 2: 0.001}
+        {0: 0.003, 2: 0.003}
     """
+    lr = HEAD_LR if lr is None else lr
     if policy is None and epochs == 1:
         policy = LinearProbe()
-    if policy is not None:
-        own = HEAD_LR if isinstance(policy, LinearProbe) else FULL_LR
-        return Recipe(policy, lr=own if lr is None else lr)
-    head_epochs = max(1, round(epochs * HEAD_SHARE))
-    phases: dict[int, FreezePolicy] = {0: LinearProbe(), head_epochs: FullFinetune()}
-    return Recipe(ScheduledUnfreeze(phases, lr={0: HEAD_LR, head_epochs: FULL_LR if lr is None else lr}), lr=HEAD_LR)
+    if policy is None:
+        head_epochs = max(1, round(epochs * HEAD_SHARE))
+        policy = ScheduledUnfreeze({0: LinearProbe(), head_epochs: FullFinetune()}, lr={0: lr, head_epochs: lr})
+    return Recipe(policy, lr=lr, train_preset="none" if isinstance(policy, LinearProbe) else "light")

@@ -105,7 +105,7 @@ def load_backbone(
     library, architecture = resolve_name(name)
     chosen = Path(weights) if weights is not None and _is_path(weights) else weights
     backbone: Backbone = _LIBRARIES[library].load(architecture, weights=chosen, image_size=image_size)
-    logger.info("%s with %s", backbone.name, backbone.weights or "random weights")
+    logger.debug("%s with %s", backbone.name, backbone.weights or "random weights")
     return backbone
 
 
