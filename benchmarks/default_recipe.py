@@ -11,20 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transferkit import Finetuner, FullFinetune
+from transferkit import Finetuner
 
 NETWORKS = {
     "mobilenet_v2": "mobilenet_v2-77326c9b.pth",
     "squeezenet1_1": "squeezenet1_1-a3c258a5.pth",
 }
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "head only, plain view": {"policy": "head", "train_preset": "none"},
-    "head only, light": {"policy": "head", "train_preset": "light"},
-    "head 2, full 3, lr 3e-4": {"lr": 3e-4},
-    "head 2, full 3, lr 1e-3": {"lr": 1e-3},
-    "head 2, full 3, lr 2e-3": {"lr": 2e-3},
-    "head 2, full 3, lr 1e-3, no layer decay": {"lr": 1e-3, "layer_decay": 1.0},
-    "full 5, lr 1e-3": {"lr": 1e-3, "policy": FullFinetune()},
+    "head only (policy head)": {"policy": "head"},
+    "default: head 2, full 3, kept statistics": {},
+    "the same, plain view": {"train_preset": "none"},
+    "the same, plain view, moving statistics": {"train_preset": "none", "keep_statistics": False},
 }
 SEEDS = (0, 1, 2)
 

@@ -505,7 +505,9 @@ def test_a_stream_that_is_no_terminal_gets_no_bar(picture_folder, monkeypatch):
 
 def test_a_loaded_model_trains_on_from_its_own_weights(run, picture_folder):
     tuner, folder = run
-    again = Finetuner.load(folder, **{**{k: TINY[k] for k in TINY if k not in ("backbone", "weights")}, "policy": "head"})
+    again = Finetuner.load(
+        folder, **{**{k: TINY[k] for k in TINY if k not in ("backbone", "weights")}, "policy": "head"}
+    )
     again.fit(picture_folder)
     before = tuner.model.network.state_dict()
     body = {key: value for key, value in again.model.network.state_dict().items() if not key.startswith("classifier.")}

@@ -382,3 +382,21 @@ def test_summary_shows_the_optimizers_own_rates() -> None:
     assert rows[1] == ["stem", "120", "frozen", "kept", "–", "–"]
     assert rows[2] == ["stage1", "312", "trained", "trained", "0.00025", "0", "/", "0.05"]
     assert rows[4] == ["head", "51", "trained", "–", "0.001", "0", "/", "0.05"]
+
+
+def test_kept_statistics_stay_while_the_norms_weights_train() -> None:
+    model = create_model("torchvision/resnet18", weights=None, num_classes=2, seed=0)
+    model.keep_statistics = True
+    model.freeze(["stem"]).train()
+    norm = model.network.layer1[0].bn1
+    assert not norm.training
+    assert model.network.layer1.training
+    mean, weight = norm.running_mean.clone(), norm.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(norm.running_mean, mean)
+    assert not torch.equal(norm.weight, weight)
+    assert [line.split()[3] for line in model.summary().splitlines()[1:-1]] == ["kept"] * 5
+    model.keep_statistics = False
+    assert model.freeze([]).network.layer1[0].bn1.training

@@ -20,7 +20,7 @@ __all__ = ["BACKBONE", "DemoResult", "run_demo", "write_digits"]
 
 BACKBONE = "timm/mobilenetv2_050"
 EPOCHS = 5
-TRAIN_PER_CLASS, VAL_PER_CLASS = 20, 30
+TRAIN_PER_CLASS, VAL_PER_CLASS = 50, 30
 _MARK = ".transferkit-demo"
 
 
@@ -100,10 +100,16 @@ def run_demo(folder: Path, *, progress: bool = True) -> DemoResult:
     except OSError as error:
         raise OutputError(f"the demo cannot write to {folder}: {error}") from error
 
-    settings: dict[str, Any] = {"epochs": EPOCHS, "seed": 0, "progress": progress}
+    settings: dict[str, Any] = {
+        "epochs": EPOCHS,
+        "image_size": 64,
+        "train_preset": "none",  # a mirrored digit is another sign
+        "head_lr_multiplier": 1.0,  # pen strokes are far from photos, so the whole network learns at the head's rate
+        "progress": progress,
+    }
     tuner = Finetuner(BACKBONE, weights="bundled", output_dir=folder / "run", **settings)
     pretrained = tuner.fit(data)
-    random = Finetuner(BACKBONE, weights=None, image_size=112, output_dir=folder / "random", **settings).fit(data)
+    random = Finetuner(BACKBONE, weights=None, output_dir=folder / "random", **settings).fit(data)
     tuner.plot_history(folder / "curves.png", compare={"random weights": random.to_dicts()})
     tuner.plot_predictions(folder / "predictions.png")
     picture = sorted((data / "val" / "7").iterdir())[0]

@@ -66,6 +66,8 @@ class Finetuner:
         weight_decay: Of weight matrices and kernels; ``None`` for the recipe's.
         layer_decay: Factor of the lr from one stage to the one before it, above 0, at most 1; ``None`` the recipe's.
         head_lr_multiplier: How much faster the head learns than the stage below it; ``None`` for the recipe's.
+        keep_statistics: Whether batch norms keep their pretrained running statistics in stages that train; ``None`` for
+            yes with pretrained weights, no with random ones.
         optimizer: ``"adamw"``, ``"sgd"``, or a callable that takes parameter groups.
         schedule: A schedule or its name; ``None`` for the recipe's.
         image_size: Input side in pixels; ``None`` for the size of the weights.
@@ -115,6 +117,7 @@ class Finetuner:
     weight_decay: float | None = None
     layer_decay: float | None = None
     head_lr_multiplier: float | None = None
+    keep_statistics: bool | None = None
     optimizer: str | OptimizerFactory = "adamw"
     schedule: Schedule | str | None = None
     image_size: int | None = None
@@ -448,6 +451,7 @@ class Finetuner:
             seed=self.seed,
         )
         model.eval_preset = self.eval_preset
+        model.keep_statistics = model.weights is not None if self.keep_statistics is None else self.keep_statistics
         return model.eval()
 
     def _loader(self, source: LabelledPictures, transform: Transform, *, train: bool) -> DataLoader[tuple[Tensor, int]]:

@@ -46,7 +46,11 @@ class Stage:
     @property
     def has_batch_norm(self) -> bool:
         """Whether a module keeps running statistics."""
-        return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in self.modules)
+        return any(_has_statistics(module) for module in self.modules)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
 def _train_frozen(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -75,6 +79,8 @@ class TransferModel(nn.Module):
         eval_preset: Name of the transform that prepares them for evaluation (:func:`~transferkit.eval_transform`).
         num_features: Width of what the head receives.
         frozen: Names of the frozen stages.
+        keep_statistics: Whether batch norms keep their pretrained running statistics, and use them, also in stages that
+            train; their weights train all the same. Read by :meth:`freeze`. Worth it where batches are small or few.
 
     Raises:
         SettingError: Names and head disagree, names repeat, or the head cannot be replaced.
@@ -105,6 +111,7 @@ class TransferModel(nn.Module):
         self.head = head
         self.head_paths = backbone.head_paths
         self.frozen: frozenset[str] = frozenset()
+        self.keep_statistics = False
         self.network = backbone.network
         self.num_features = head_inputs(self.network.get_submodule(self.head_paths[0]))
         for path in self.head_paths:
@@ -202,7 +209,7 @@ class TransferModel(nn.Module):
                 if frozen:
                     parameter.grad = None  # a stale gradient would still move a re-frozen weight
             for module in stage.modules:
-                if frozen:
+                if frozen or (self.keep_statistics and _has_statistics(module)):
                     # An instance attribute, so that network.train() and module.train() meet it too; a partial of a
                     # module-level function, so that deepcopy and pickle follow it to the copy.
                     module.__dict__["train"] = functools.partial(_train_frozen, module)
@@ -235,7 +242,8 @@ class TransferModel(nn.Module):
         groups: list[dict[str, Any]] = optimizer.param_groups if optimizer else []
         for stage in self.stages:
             frozen = stage.name in self.frozen
-            norm = ("kept" if frozen else "trained") if stage.has_batch_norm else "–"
+            kept = frozen or self.keep_statistics
+            norm = ("kept" if kept else "trained") if stage.has_batch_norm else "–"
             row = [stage.name, f"{stage.num_parameters:,}", "frozen" if frozen else "trained", norm]
             if optimizer:
                 own = {id(parameter) for parameter in stage.parameters}
