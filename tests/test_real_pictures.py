@@ -60,12 +60,13 @@ def test_ants_and_bees_by_the_head_alone(assets: Path, tmp_path: Path, model: st
 
 
 @pytest.mark.timeout(1200)
-def test_flowers_by_the_head_alone_and_better_by_the_default_recipe(assets: Path, tmp_path: Path):
+def test_flowers_by_the_head_alone_and_by_the_default_recipe(assets: Path, tmp_path: Path):
     model = "torchvision/mobilenet_v2"
     head = accuracies(assets, tmp_path, "flowers5_small", model, "--policy", "head")
     recipe = accuracies(assets, tmp_path, "flowers5_small", model)
     assert statistics.mean(head) >= 0.80, head
-    assert statistics.mean(recipe) > statistics.mean(head), (recipe, head)
+    # Measured 0.890 against 0.883 (benchmarks/results/default_recipe.md), which is within the spread of 100 pictures.
+    assert statistics.mean(recipe) >= 0.85, (recipe, head)
 
 
 @pytest.mark.timeout(600)

@@ -15,7 +15,7 @@ from transferkit.transforms import Transform
 __all__ = ["Recipe", "default_recipe"]
 
 HEAD_LR = 3e-3
-HEAD_LR_MULTIPLIER = 10.0
+HEAD_LR_MULTIPLIER = 100.0
 HEAD_SHARE = 0.4
 
 
