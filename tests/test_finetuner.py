@@ -518,3 +518,10 @@ def test_a_loaded_model_trains_on_from_its_own_weights(run, picture_folder):
 def test_the_model_is_ready_to_be_used_after_fitting(run):
     tuner, _ = run
     assert not any(module.training for module in tuner.model.modules())
+
+
+def test_random_weights_learn_as_fast_as_the_head_and_move_their_statistics(run):
+    tuner, _ = run  # of random weights
+    assert tuner.recipe.head_lr_multiplier == 1.0
+    assert not tuner.model.keep_statistics
+    assert tuner_of(weights="default").recipe.head_lr_multiplier > 1.0

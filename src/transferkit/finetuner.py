@@ -57,7 +57,7 @@ class Finetuner:
 
     Args:
         backbone: ``"torchvision/resnet18"``, ``"timm/convnext_atto"``, a bare name, or an ``nn.Module`` of your own.
-        weights: As for :func:`create_model`.
+        weights: As for :func:`create_model`; ``None`` with a module of your own says that its weights are random.
         epochs: Passes over the training pictures, 1 or more.
         policy: A freeze policy, or ``"head"``, ``"full"``, ``"gradual"``, ``"until:STAGE"``, ``"last:N"``; ``None`` for
             the recipe's: head first, then everything.
@@ -186,7 +186,7 @@ class Finetuner:
     def recipe(self) -> Recipe:
         """The default recipe with every setting that was given in its place."""
         policy = policy_from_text(self.policy) if isinstance(self.policy, str) else self.policy
-        recipe = default_recipe(policy, self.epochs, lr=self.lr)
+        recipe = default_recipe(policy, self.epochs, lr=self.lr, pretrained=self.weights is not None)
         schedule = schedule_by_name(self.schedule) if isinstance(self.schedule, str) else self.schedule
         return recipe.replaced(
             schedule=schedule,
@@ -451,7 +451,7 @@ class Finetuner:
             seed=self.seed,
         )
         model.eval_preset = self.eval_preset
-        model.keep_statistics = model.weights is not None if self.keep_statistics is None else self.keep_statistics
+        model.keep_statistics = self.weights is not None if self.keep_statistics is None else self.keep_statistics
         return model.eval()
 
     def _loader(self, source: LabelledPictures, transform: Transform, *, train: bool) -> DataLoader[tuple[Tensor, int]]:

@@ -48,13 +48,17 @@ class Recipe:
         return replace(self, **{name: value for name, value in settings.items() if value is not None})
 
 
-def default_recipe(policy: FreezePolicy | None, epochs: int, *, lr: float | None = None) -> Recipe:
+def default_recipe(
+    policy: FreezePolicy | None, epochs: int, *, lr: float | None = None, pretrained: bool = True
+) -> Recipe:
     """Return the recipe for a freeze policy; for ``None``, the head first, then everything.
 
     Args:
         policy: What the user chose, or ``None``.
         epochs: Length of the run, 1 or more. A single epoch is spent on the head.
         lr: Learning rate of the head, or ``None`` for the recipe's. Both phases begin at it, each with its own warm-up.
+
+        pretrained: Whether the network has pretrained weights; random ones must learn as fast as the head.
 
     Source: Kumar et al. 2022 ("Fine-tuning can distort pretrained features and underperform out-of-distribution") for
         the order, Howard & Ruder 2018 for the layer-wise rates.
@@ -69,4 +73,9 @@ def default_recipe(policy: FreezePolicy | None, epochs: int, *, lr: float | None
     if policy is None:
         head_epochs = max(1, round(epochs * HEAD_SHARE))
         policy = ScheduledUnfreeze({0: LinearProbe(), head_epochs: FullFinetune()}, lr={0: lr, head_epochs: lr})
-    return Recipe(policy, lr=lr, train_preset="none" if isinstance(policy, LinearProbe) else "light")
+    return Recipe(
+        policy,
+        lr=lr,
+        head_lr_multiplier=HEAD_LR_MULTIPLIER if pretrained else 1.0,
+        train_preset="none" if isinstance(policy, LinearProbe) else "light",
+    )
