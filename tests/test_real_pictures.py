@@ -65,8 +65,9 @@ def test_flowers_by_the_head_alone_and_by_the_default_recipe(assets: Path, tmp_p
     head = accuracies(assets, tmp_path, "flowers5_small", model, "--policy", "head")
     recipe = accuracies(assets, tmp_path, "flowers5_small", model)
     assert statistics.mean(head) >= 0.80, head
-    # Measured 0.890 against 0.883 (benchmarks/results/default_recipe.md), which is within the spread of 100 pictures.
-    assert statistics.mean(recipe) >= 0.85, (recipe, head)
+    # Measured 0.890 against 0.883 (benchmarks/results/default_recipe.md): the order holds, within the spread.
+    assert statistics.mean(recipe) >= 0.85, recipe
+    assert statistics.mean(recipe) > statistics.mean(head), (recipe, head)
 
 
 @pytest.mark.timeout(600)
