@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 
 from transferkit.backbones import list_models, load_backbone, model_info, resolve_name
 from transferkit.exceptions import SettingError, UnknownModelError
-from transferkit.model import create_model
+from transferkit.model import adapt, create_model
 from transferkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def own_network() -> nn.Sequential:
 def test_a_module_keeps_its_weights_and_gets_a_new_head_in_place() -> None:
     network = own_network()
     before = [value.clone() for value in network[:5].state_dict().values()]
-    model = create_model(network, num_classes=2, preprocessing=Preprocessing(size=32, resize_size=32))
+    model = adapt(network, num_classes=2, preprocessing=Preprocessing(size=32, resize_size=32))
     assert model.network is network
     assert model.name == "module/Sequential"
     assert model.head_paths == ("5",)
@@ -171,14 +171,14 @@ def test_a_module_keeps_its_weights_and_gets_a_new_head_in_place() -> None:
 
 def test_a_module_without_metadata_is_told_which_preprocessing_is_used(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="transferkit"):
-        model = create_model(own_network(), num_classes=2)
+        model = adapt(own_network(), num_classes=2)
     assert model.preprocessing == Preprocessing()
     assert "Sequential does not say how its pictures are prepared" in caplog.text
 
 
 def test_a_timm_module_brings_its_metadata(caplog: pytest.LogCaptureFixture) -> None:
     network = timm.create_model("vit_tiny_patch16_224")
-    model = create_model(network, num_classes=2)
+    model = adapt(network, num_classes=2)
     assert (model.head_paths, model.preprocessing.mean) == (("head",), HALVES)
     assert not caplog.records
 
@@ -186,13 +186,13 @@ def test_a_timm_module_brings_its_metadata(caplog: pytest.LogCaptureFixture) -> 
 def test_head_names_the_layer_to_replace() -> None:
     network = nn.ModuleDict({"body": nn.Conv2d(3, 4, 3), "classes": nn.Linear(4, 9), "unused": nn.Linear(4, 4)})
     network.forward = lambda images: network["classes"](network["body"](images).mean((2, 3)))  # type: ignore[method-assign]
-    model = create_model(network, num_classes=2, head="classes", preprocessing=Preprocessing(32, 32))
+    model = adapt(network, num_classes=2, head="classes", preprocessing=Preprocessing(32, 32))
     assert model.head_paths == ("classes",)
     assert (network["classes"].out_features, network["unused"].out_features) == (2, 4)
 
 
 def test_a_module_whose_last_layer_is_a_convolution_keeps_it_one() -> None:
-    model = create_model(models.squeezenet1_1(), num_classes=2)
+    model = adapt(models.squeezenet1_1(), num_classes=2)
     assert model.head_paths == ("classifier.1",)
     assert isinstance(model.network.classifier[1], nn.Conv2d)
 
@@ -202,26 +202,53 @@ def test_a_module_whose_last_layer_is_a_convolution_keeps_it_one() -> None:
     [
         ({"head": "4"}, "head='4' is no nn.Linear or nn.Conv2d of Sequential"),
         ({"head": "fc"}, "head='fc' is no nn.Linear or nn.Conv2d of Sequential — did you mean '0' or '5'"),
-        ({"image_size": 64}, "image_size goes with a backbone's name"),
-        ({"weights": "weights.pth"}, "weights goes with a backbone's name"),
-        ({"weights": "IMAGENET1K_V1"}, "weights goes with a backbone's name"),
     ],
 )
 def test_settings_that_do_not_go_with_a_module_are_refused(arguments: dict[str, Any], message: str) -> None:
     network = own_network()
     with pytest.raises(SettingError, match=message):
-        create_model(network, num_classes=2, preprocessing=Preprocessing(), **arguments)
+        adapt(network, num_classes=2, preprocessing=Preprocessing(), **arguments)
     assert network[5].out_features == 9
 
 
-def test_a_module_without_a_layer_to_replace_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"Sequential has no nn.Linear or nn.Conv2d that could be its head"):
-        create_model(nn.Sequential(nn.Flatten()), num_classes=2, preprocessing=Preprocessing())
+def test_the_head_is_the_last_layer_that_runs_and_gives_the_logits() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classes = nn.Linear(8, 9)
+            self.body = nn.Conv2d(3, 8, 3)
+            self.projection = nn.Linear(8, 9)
+            self.unused = nn.Linear(8, 9)
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.body(images).mean((2, 3))
+            projected = self.projection(features)
+            return self.classes(features), projected
+
+    network = Backwards()
+    model = adapt(network, num_classes=2, preprocessing=Preprocessing(32, 32))
+    assert model.head_paths == ("classes",)
+    assert model.stage_names == ("stem", "stage1", "head")
 
 
-def test_head_goes_with_a_module_only() -> None:
-    with pytest.raises(SettingError, match="head= goes with a module"):
-        create_model("torchvision/resnet18", weights=None, num_classes=2, head="fc")
+def test_a_head_that_cannot_be_found_is_asked_for() -> None:
+    with pytest.raises(SettingError, match=r"Sequential gives an output of shape \(1, 3072\).*name .* with head="):
+        adapt(nn.Sequential(nn.Flatten()), num_classes=2, preprocessing=Preprocessing(32, 32))
+    with pytest.raises(SettingError, match=r"could not be found by running a made 32-px picture .*head=.*size="):
+        adapt(nn.Sequential(nn.Flatten(), nn.Linear(784, 9)), num_classes=2, preprocessing=Preprocessing(32, 32))
+
+
+def test_a_module_for_greys_is_prepared_for_greys(caplog: pytest.LogCaptureFixture) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9))
+    model = adapt(network, num_classes=2)
+    assert len(model.preprocessing.mean) == 1
+    assert "(channels: 1)" in caplog.text
+
+
+def test_a_module_of_torchvision_keeps_its_auxiliary_heads() -> None:
+    with torch.device("meta"):
+        model = adapt(models.googlenet(init_weights=False), num_classes=2)
+    assert (model.head_paths, model.aux_paths, model.aux_weight) == (("fc",), ("aux1.fc2", "aux2.fc2"), 0.3)
 
 
 def test_a_seed_decides_what_is_drawn_and_leaves_the_global_generator_alone() -> None:

@@ -15,7 +15,7 @@ from torchvision import models
 
 from transferkit.checkpoint import load_artifact, load_weights, read_config, save_artifact
 from transferkit.exceptions import ArtifactError, OutputError, TransferkitError
-from transferkit.model import create_model
+from transferkit.model import adapt, create_model
 from transferkit.preprocessing import Preprocessing
 from transferkit.transforms import eval_transform
 
@@ -162,7 +162,7 @@ class Tied(nn.Module):
 
 def test_tied_tensors_are_saved_and_stay_tied(tmp_path):
     preprocessing = Preprocessing(size=32, resize_size=32)
-    model = create_model(Tied(), class_names=NAMES, preprocessing=preprocessing)
+    model = adapt(Tied(), class_names=NAMES, preprocessing=preprocessing)
     loaded = load_artifact(save_artifact(model, tmp_path), network=Tied())
     assert_same_logits(loaded, model)
     assert loaded.network.second.weight is loaded.network.first.weight
@@ -170,7 +170,7 @@ def test_tied_tensors_are_saved_and_stay_tied(tmp_path):
 
 
 def test_a_module_of_the_users_own_must_be_built_again(tmp_path):
-    model = create_model(Tied(), class_names=NAMES, preprocessing=Preprocessing(size=32, resize_size=32))
+    model = adapt(Tied(), class_names=NAMES, preprocessing=Preprocessing(size=32, resize_size=32))
     save_artifact(model, tmp_path)
     assert not read_config(tmp_path)["transferkit"]["native"]
     with pytest.raises(ArtifactError, match=r"module of your own \(Tied\); build it again and pass it as network="):

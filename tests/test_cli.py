@@ -133,7 +133,7 @@ MISTAKES = {
     "missing weights": (["{data}", "--model", "timm/test_resnet", "--weights", "{tmp}/no.pth"], ["no weights file"]),
     "weights that do not fit": (
         ["{data}", "--model", "timm/test_resnet", "--weights", "{tmp}/other.pth"],
-        ["does not fit", "missing", "unexpected"],
+        ["does not fit", "missing", "left over"],
     ),
     "output holds a run": (["{data}", *NETWORK, "--output", "{tmp}/used"], ["already holds a run", "--overwrite"]),
     "no epoch": (["{data}", *NETWORK, "--epochs", "0"], ["epochs", "1 or more", "0"]),

@@ -26,13 +26,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "exceptions", "preprocessing", "randomness", "heads", "metrics", "history"),
     (
         "backbones",
+        "backbones._adapt",
         "backbones._base",
+        "backbones._channels",
         "backbones._load",
         "backbones._stages",
+        "backbones._state_dict",
         "backbones._timm",
         "backbones._torchvision",
+        "backbones._weights",
+        "backbones.stem",
     ),
-    ("model", "transforms", "pictures"),
+    ("model", "transform_steps", "transforms", "pictures"),
     ("freezing", "optim", "schedules", "sources", "data", "loading", "callbacks._base", "devices"),
     (
         "trainer",
@@ -42,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "callbacks.logging",
         "callbacks.lr_scheduler",
     ),
-    ("prediction", "recipes", "finetuner", "plots"),
+    ("prediction", "recipes", "plan", "run_folder", "finetuner", "plots"),
     ("demo", "cli", "__main__"),
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}

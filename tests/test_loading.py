@@ -1,4 +1,7 @@
 import pickle
+import re
+from contextlib import suppress
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import Image
 from torchvision.datasets import FakeData
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from transferkit.data import (
     EpochSampler,
@@ -17,6 +21,7 @@ from transferkit.data import (
     image_folder,
     labelled_folder,
     loader,
+    read_picture,
 )
 from transferkit.exceptions import DataError, PictureError, SettingError
 from transferkit.preprocessing import Preprocessing
@@ -168,9 +173,90 @@ def test_an_unreadable_picture_surfaces_by_name(tmp_path, num_workers):
     sentence = (
         f"cannot read picture {tmp_path}/a/1.png: its content is no picture Pillow can decode; replace or remove it"
     )
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(PictureError, match=f"^{re.escape(sentence)}$"):
         batches(loader(source, EVAL, batch_size=2, train=False, num_workers=num_workers))
-    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_files_are_read_in_the_transform_s_channels(tmp_path, channels, num_workers):
+    make(tmp_path, a=2, b=2)
+    clear = np.random.default_rng(0).integers(0, 256, (12, 10, 4), dtype=np.uint8)
+    Image.fromarray(clear).save(tmp_path / "a" / "0.png")
+    source = labelled_folder(tmp_path, ["a", "b"])
+    transform = eval_transform("imagenet", SMALL.with_channels(channels))
+    loaded = loader(source, transform, batch_size=3, train=False, num_workers=num_workers)
+    images = torch.cat([images for images, _ in batches(loaded)])
+    expected = [transform(read_picture(picture.path, channels=channels)) for picture in source.pictures]
+    assert torch.equal(images, torch.stack(expected))
+    if channels == 4:
+        opaque = (1 - transform.transforms[-1].mean[3]) / transform.transforms[-1].std[3]
+        assert [bool((image[3] == opaque).all()) for image in images] == [False, True, True, True]
+
+
+def spectral(channels, count=6):
+    draw = torch.Generator().manual_seed(0)
+    return [(torch.randint(256, (channels, 12, 10), generator=draw, dtype=torch.uint8), i % 2) for i in range(count)]
+
+
+@pytest.mark.parametrize("preset", ["light", "trivial_augment"])
+@pytest.mark.parametrize("channels", [2, 5])
+def test_tensors_of_any_channels_load_alike_with_and_without_workers(channels, preset):
+    if (channels, preset) == (2, "trivial_augment"):
+        preset = "imagenet"
+    data = from_datasets(spectral(channels), spectral(channels))
+    transform = train_transform(preset, SMALL.with_channels(channels))
+    alone = batches(loader(data.train, transform, batch_size=4, train=True), 2)
+    helped = batches(loader(data.train, transform, batch_size=4, train=True, num_workers=2), 2)
+    assert equal(alone, helped)
+    assert alone[0][0].shape == (4, channels, 8, 8)
+
+
+def test_three_channels_leave_the_source_as_it_is():
+    data = from_datasets(pairs(0, 1), pairs(0))
+    assert loader(data.train, TRAIN, batch_size=1, train=True).dataset.source is data.train
+
+
+def test_a_transform_of_one_s_own_gets_what_the_source_was_asked_for():
+    clear = [(Image.new("RGBA", (6, 6), (255, 0, 0, 0)), 0)]
+    data = from_datasets(clear, clear, class_names="ab")
+
+    def modes(source):
+        return [source[0][0].mode, loader(source, pil_to_tensor, batch_size=1, train=False).dataset[0][0].shape[0]]
+
+    assert modes(data.val) == ["RGB", 3]
+    assert modes(data.val.with_channels(4)) == ["RGBA", 4]
+    assert modes(data.val.with_channels(4).with_channels(3)) == ["RGB", 3]
+    assert data.val.with_channels(4).labels() == data.val.labels()
+
+
+def test_files_are_refused_at_once_for_channels_they_do_not_have(tmp_path):
+    source = labelled_folder(make(tmp_path, a=1), ["a"])
+    with pytest.raises(DataError, match=r"the network takes 5; hand its pictures over as tensors \(5, H, W\)"):
+        loader(source, eval_transform("imagenet", SMALL.with_channels(5)), batch_size=1, train=False)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_set_of_other_channels_is_refused_by_name(num_workers):
+    data = from_datasets(spectral(3), spectral(3))
+    loaded = loader(
+        data.val,
+        eval_transform("imagenet", SMALL.with_channels(5)),
+        batch_size=2,
+        train=False,
+        num_workers=num_workers,
+    )
+    with pytest.raises(DataError, match=r"^sample 0 of list: a picture tensor has shape \(3, 12, 10\); it needs \(5, "):
+        batches(loaded)
+
+
+def test_worker_processes_end_with_the_loader_that_failed():
+    """Not when the garbage collector comes round, which then waits 10 s for them."""
+    data = from_datasets(spectral(4), spectral(4))
+    before = set(active_children())
+    with suppress(DataError):
+        batches(loader(data.val, EVAL, batch_size=2, train=False, num_workers=2))
+    assert set(active_children()) == before
 
 
 def test_data_sets_travel_to_worker_processes():

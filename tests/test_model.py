@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from transferkit.exceptions import SettingError, UnknownStageError
-from transferkit.model import TransferModel, create_model
+from transferkit.model import TransferModel, adapt, create_model
 from transferkit.optim import param_groups
 from transferkit.preprocessing import Preprocessing
 
@@ -42,7 +42,7 @@ class Small(nn.Module):
 
 
 def small_model() -> TransferModel:
-    return create_model(Small(), class_names=CLASSES, preprocessing=SMALL)
+    return adapt(Small(), class_names=CLASSES, preprocessing=SMALL)
 
 
 def resnet18() -> TransferModel:
@@ -159,7 +159,7 @@ def test_stages_hold_the_tensors_that_the_network_holds_now() -> None:
 )
 def test_class_names_that_cannot_be_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        create_model(Small(), preprocessing=SMALL, **arguments)  # type: ignore[arg-type]
+        adapt(Small(), preprocessing=SMALL, **arguments)  # type: ignore[arg-type]
 
 
 # --- freezing ------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_a_weight_tied_across_stages_follows_its_first_user() -> None:
     network = Small()
     network.layer2.insert(0, nn.BatchNorm2d(8))
     network.layer2[0].weight = network.layer1[1].weight
-    model = create_model(network, class_names=CLASSES, preprocessing=SMALL).freeze(["stem", "stage1"])
+    model = adapt(network, class_names=CLASSES, preprocessing=SMALL).freeze(["stem", "stage1"])
     before = state(model)
     train(model, optimizer_of(model))
     assert changed_stages(before, state(model)) == {"stage2", "head"}
@@ -355,7 +355,7 @@ def test_a_weight_tied_across_stages_follows_its_first_user() -> None:
 def test_a_batch_norm_shared_across_stages_keeps_its_statistics_when_its_first_user_is_frozen() -> None:
     network = Small()
     network.layer2.insert(0, nn.Sequential(nn.Identity(), network.layer1[1]))
-    model = create_model(network, class_names=CLASSES, preprocessing=SMALL).freeze(["stem", "stage1"])
+    model = adapt(network, class_names=CLASSES, preprocessing=SMALL).freeze(["stem", "stage1"])
     before = state(model)
     train(model, optimizer_of(model))
     assert changed_stages(before, state(model)) == {"stage2", "head"}

@@ -252,6 +252,117 @@ def test_what_is_no_picture_is_refused(image, message):
         as_picture(image)
 
 
+# Channels
+
+
+def half_clear() -> Image.Image:
+    """Green where it is clear, red where it is half transparent, blue where it is opaque."""
+    picture = Image.new("RGBA", (3, 1), (0, 255, 0, 0))
+    picture.putpixel((1, 0), (255, 0, 0, 128))
+    picture.putpixel((2, 0), (0, 0, 255, 255))
+    return picture
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+def test_four_channels_keep_transparency_and_three_lay_it_on_white(tmp_path, suffix):
+    path = tmp_path / f"picture{suffix}"
+    half_clear().save(path, lossless=True, exact=True)
+    four, three, one = (read_picture(path, channels=channels) for channels in (4, 3, 1))
+    assert (four.mode, three.mode, one.mode) == ("RGBA", "RGB", "RGB")
+    assert np.array_equal(np.asarray(four), np.asarray(half_clear()))
+    assert np.asarray(three).tolist() == [[[255, 255, 255], [255, 127, 127], [0, 0, 255]]]
+    assert close(three, read_picture(path), atol=0)
+    assert close(one, three, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_a_picture_without_transparency_is_opaque_in_four_channels(mode):
+    picture = as_picture(Image.new(mode, (6, 4)), channels=4)
+    assert (picture.mode, picture.getpixel((0, 0))[3]) == ("RGBA", 255)
+    assert close(picture.convert("RGB"), as_picture(Image.new(mode, (6, 4))), atol=0)
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "RGBa"])
+def test_every_kind_of_transparency_is_kept_in_four_channels(mode):
+    assert as_picture(Image.new(mode, (6, 4)), channels=4).getpixel((0, 0))[3] == 0
+
+
+def test_a_transparent_palette_colour_is_clear_in_four_channels(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.putpixel((1, 0), 1)
+    picture.save(tmp_path / "picture.png", transparency=0)
+    four = read_picture(tmp_path / "picture.png", channels=4)
+    assert np.asarray(four).tolist() == [[[10, 20, 30, 0], [40, 50, 60, 255]]]
+
+
+def test_a_rotated_picture_with_transparency_is_turned():
+    picture = half_clear()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture.info["exif"] = exif.tobytes()
+    turned = np.asarray(as_picture(picture, channels=4))
+    assert np.array_equal(turned, np.asarray(half_clear()).transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("channels", [-1, 0, 2, 5, 13])
+def test_files_and_pil_images_are_refused_for_channels_they_cannot_have(tmp_path, channels):
+    corners().save(tmp_path / "picture.png")
+    message = rf"1, 3 or 4 channels and the network takes {channels}; hand .* tensors \({channels}, H, W\)"
+    with pytest.raises(DataError, match=message) as caught:
+        read_picture(tmp_path / "picture.png", channels=channels)
+    assert not isinstance(caught.value, PictureError)
+    with pytest.raises(DataError, match=message):
+        as_picture(corners(), channels=channels)
+
+
+@given(channels=st.integers(1, 14), dtype=st.sampled_from([torch.uint8, torch.float32, torch.float64]))
+def test_tensors_of_exactly_the_channels_stay_as_they_are(channels, dtype):
+    image = torch.rand(channels, 3, 2, generator=torch.Generator().manual_seed(0))
+    image = (image * 255).to(dtype) if dtype == torch.uint8 else image.to(dtype)
+    picture = as_picture(tv_tensors.Image(image), channels=channels)
+    assert (type(picture), picture.dtype) == (torch.Tensor, dtype)
+    assert torch.equal(picture, image)
+
+
+@given(channels=st.integers(2, 14).filter(lambda channels: channels != 3))
+def test_arrays_of_exactly_the_channels_become_tensors(channels):
+    array = np.random.default_rng(0).integers(0, 256, (4, 5, channels), dtype=np.uint8)
+    array.flags.writeable = False
+    for each in (array, array[::-1]):
+        picture = as_picture(each, channels=channels)
+        assert np.array_equal(picture.numpy(), each.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 3)])
+def test_arrays_without_a_fourth_channel_are_opaque(shape):
+    picture = as_picture(np.full(shape, 9, dtype=np.uint8), channels=4)
+    assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGBA", (6, 4), (9, 9, 9, 255))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 4, 6)])
+def test_one_channel_of_a_tensor_stays_one_where_the_network_takes_one(shape):
+    assert as_picture(torch.ones(shape), channels=1).shape == (1, 4, 6)
+    assert as_picture(torch.ones(3, 4, 6), channels=1).shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "message"),
+    [
+        (torch.zeros(3, 4, 6), 4, r"shape \(3, 4, 6\); it needs \(4, H, W\)"),
+        (torch.zeros(4, 6), 5, r"shape \(4, 6\); it needs \(5, H, W\)"),
+        (torch.zeros(5, 0, 6), 5, r"shape \(5, 0, 6\)"),
+        (torch.zeros(4, 4, 6), 1, r"it needs \(H, W\), \(1, H, W\) or \(3, H, W\)"),
+        (torch.full((5, 2, 2), -1.0), 5, "already normalised"),
+        (np.zeros((4, 6, 3), dtype=np.uint8), 5, r"shape \(4, 6, 3\) .* needs uint8 \(H, W, 5\)"),
+        (np.zeros((4, 6, 5)), 5, "dtype float64; it needs uint8"),
+    ],
+)
+def test_pictures_of_other_channels_than_the_network_takes_are_refused(image, channels, message):
+    with pytest.raises(DataError, match=message):
+        as_picture(image, channels=channels)
+
+
 def test_extensions_are_those_of_raster_formats():
     extensions = picture_extensions()
     assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".jp2"} <= extensions

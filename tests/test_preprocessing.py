@@ -49,16 +49,59 @@ def test_resizing_to_the_same_size_changes_nothing() -> None:
     assert Preprocessing(size=224, resize_size=232).resized(224) == Preprocessing(size=224, resize_size=232)
 
 
+@given(preprocessings(), channels, channels)
+def test_another_number_of_channels_keeps_everything_else(preprocessing: Preprocessing, count: int, again: int) -> None:
+    other = preprocessing.with_channels(count)
+    assert (other.channels, len(other.mean), len(other.std)) == (count, count, count)
+    assert other.with_channels(count) is other
+    assert preprocessing.differences(other).keys() <= {"mean", "std"}
+    assert other.with_channels(again).channels == again
+    for old, new in ((preprocessing.mean, other.mean), (preprocessing.std, other.std)):
+        average = pytest.approx(sum(old) / len(old))
+        if count == 1:
+            assert new == (pytest.approx(average.expected),)
+        else:
+            kept = min(count, len(old))
+            assert new[:kept] == old[:kept]
+            assert all(value == average for value in new[kept:])
+
+
+def test_one_channel_has_the_mean_of_three_and_three_stay_themselves() -> None:
+    preprocessing = Preprocessing(mean=(0.25, 0.5, 0.75), std=(0.5, 0.25, 0.75))
+    assert preprocessing.with_channels(3) is preprocessing
+    assert preprocessing.channels == 3
+    grey = preprocessing.with_channels(1)
+    assert (grey.mean, grey.std) == ((0.5,), (0.5,))
+    six = preprocessing.with_channels(6)
+    assert (six.mean, six.std) == ((0.25, 0.5, 0.75, 0.5, 0.5, 0.5), (0.5, 0.25, 0.75, 0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_fewer_channels_than_one_are_refused(count: int) -> None:
+    with pytest.raises(SettingError, match=f"a network takes 1 or more channels, got {count}"):
+        Preprocessing().with_channels(count)
+
+
+def test_differences_name_each_value_that_is_another() -> None:
+    own = Preprocessing()
+    assert own.differences(Preprocessing()) == {}
+    assert own.differences(Preprocessing(mean=(0.5,) * 3, crop="squash")) == {
+        "mean": (own.mean, (0.5,) * 3),
+        "crop": ("center", "squash"),
+    }
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"mean": (), "std": ()}, "one value per channel"),
         ({"size": 0}, "1 <= size <= resize_size"),
         ({"size": 300}, "got size=300, resize_size=256"),
         ({"mean": (0.5,)}, "one value per channel"),
         ({"std": (0.5, 0.5, 0.0)}, "std above 0"),
         ({"std": (0.5, 0.5, float("nan"))}, "std above 0"),
         ({"interpolation": "lanczos"}, "interpolation='lanczos'; it can be nearest, bilinear or bicubic"),
-        ({"crop": "border"}, "crop='border'; it can be center or squash"),
+        ({"crop": "five"}, "crop='five'; it can be center, squash or border"),
     ],
 )
 def test_values_outside_their_range_are_refused(values: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from transferkit.data import image_folder, loader
 from transferkit.exceptions import DataError, SettingError, TransferkitError, UnknownStageError
 from transferkit.freezing import FreezeUntil, FullFinetune, GradualUnfreezing, LinearProbe, ScheduledUnfreeze
 from transferkit.metrics import evaluate_logits
-from transferkit.model import create_model
+from transferkit.model import adapt
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import derive_seed, seeded
@@ -42,7 +42,7 @@ def plain_model(*, seed=0):
         network = nn.Sequential(
             nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)
         )
-        return create_model(network, num_classes=3, preprocessing=Preprocessing(size=32, resize_size=32))
+        return adapt(network, num_classes=3, preprocessing=Preprocessing(size=32, resize_size=32))
 
 
 def trainer_of(model, *callbacks, lr=0.05, optimizer="sgd", **settings):

@@ -1,3 +1,6 @@
+from functools import partial
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ from PIL import Image
 from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights
 from torchvision.transforms import v2
 
-from transferkit.exceptions import SettingError
+from transferkit.exceptions import DataError, SettingError
 from transferkit.preprocessing import Preprocessing
 from transferkit.transforms import (
     CIFAR10_PREPROCESSING,
@@ -24,6 +27,7 @@ from transferkit.transforms import (
 )
 
 SMALL = Preprocessing(size=24, resize_size=28)
+KINDS = {"train": TRAIN_PRESETS, "eval": EVAL_PRESETS}
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -77,9 +81,120 @@ def test_one_mean_value_turns_the_picture_grey():
     torch.testing.assert_close(grey, torch.full((1, 24, 24), 76 / 255))
 
 
-def test_two_channels_are_refused():
-    with pytest.raises(SettingError, match="1 or 3 channels, preprocessing has 2"):
-        imagenet_eval(Preprocessing(24, 24, mean=(0.0, 0.0), std=(1.0, 1.0)))
+PLAIN = Preprocessing(24, 28, mean=(0.0,) * 3, std=(1.0,) * 3)
+PRESETS = {f"{kind}_{name}": make for kind, presets in KINDS.items() for name, make in presets.items()}
+JITTER = partial(cifar_train, jitter=0.4, rotation=10)
+
+
+def channels_of(count: int, kind: str) -> Image.Image | torch.Tensor:
+    if kind == "PIL":
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[count]
+        return Image.merge(mode, [noise(50, 41, band).convert("L") for band in range(count)])
+    tensor = torch.randint(256, (count, 41, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return tensor if kind == "uint8" else tensor / 255
+
+
+@pytest.mark.parametrize("preset", [*PRESETS.values(), JITTER], ids=[*PRESETS, "jitter"])
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [*product([1, 3, 4], ["PIL", "uint8", "float"]), (5, "uint8"), (5, "float"), (13, "uint8")],
+)
+def test_every_preset_takes_pictures_of_its_channels(preset, count, kind):
+    preprocessing = SMALL.with_channels(count)
+    transform = preset(preprocessing)
+    picture = channels_of(count, kind)
+    torch.manual_seed(0)
+    for _ in range(20):  # trivial_augment draws one of 14 changes
+        result = transform(picture)
+        assert (type(result), result.dtype, result.shape) == (
+            torch.Tensor,
+            torch.float32,
+            (count, preprocessing.size, preprocessing.size),
+        )
+        assert result.abs().max() < 4
+    assert transform.channels == count
+    assert len(repr(transform).splitlines()) == len(transform.transforms) + 2
+
+
+@pytest.mark.parametrize("preset", [light, cifar_train, cifar_eval, imagenet_eval])
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_geometry_treats_every_channel_alike(preset, kind):
+    picture = channels_of(3, kind)
+    doubled = torch.cat([picture, picture])
+    torch.manual_seed(0)
+    expected = preset(PLAIN)(picture)
+    torch.manual_seed(0)
+    six = preset(PLAIN.with_channels(6))(doubled)
+    torch.testing.assert_close(six, torch.cat([expected, expected]))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_changes_of_colour_are_those_of_rgb_and_leave_further_channels_alone(kind):
+    picture = channels_of(3, kind)
+    five = torch.cat([picture, picture[:2]])
+    changed, moved = 0, 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        expected = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)(picture)
+        torch.manual_seed(seed)
+        result = trivial_augment(PLAIN.with_channels(5)).transforms[-4](five)
+        torch.testing.assert_close(result[:3], expected)
+        if torch.equal(result[3:], five[3:]):
+            changed += not torch.equal(expected, picture)
+        else:
+            torch.testing.assert_close(result[3:], expected[:2])
+            moved += 1
+    assert min(changed, moved) > 10
+
+
+def test_jitter_changes_rgb_as_it_does_alone_and_leaves_transparency():
+    picture = noise(32, 32).convert("RGBA")
+    picture.putalpha(noise(32, 32, 1).convert("L"))
+    plain = Preprocessing(32, 32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    jittered = cifar_train(plain.with_channels(4), jitter=0.4).transforms[-4]
+    tensor = v2.functional.pil_to_tensor(picture)
+    torch.manual_seed(0)
+    four = jittered(tensor)
+    torch.manual_seed(0)
+    three = v2.ColorJitter(0.4, 0.4, 0.4)(tensor[:3])
+    assert torch.equal(four, torch.cat([three, tensor[3:]]))
+    assert not torch.equal(three, tensor[:3])
+
+
+def test_colours_under_transparency_are_not_lost():
+    picture = Image.new("RGBA", (80, 40), (200, 100, 50, 0))
+    result = imagenet_eval(PLAIN.with_channels(4))(picture)
+    torch.testing.assert_close(result.mean((1, 2)) * 255, torch.tensor([200.0, 100.0, 50.0, 0.0]))
+
+
+def test_a_grey_tensor_keeps_its_levels():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    result = imagenet_eval(Preprocessing(16, 16, mean=(0.0,), std=(1.0,)))(levels)
+    torch.testing.assert_close(result, levels / 255)
+
+
+@pytest.mark.parametrize(
+    ("count", "picture", "what"),
+    [
+        (4, Image.new("RGB", (9, 9)), "of mode RGB"),
+        (4, Image.new("CMYK", (9, 9)), "of mode CMYK"),
+        (5, Image.new("RGBA", (9, 9)), "of mode RGBA"),
+        (4, torch.zeros(3, 9, 9), r"of shape \(3, 9, 9\)"),
+        (2, torch.zeros(4, 9, 9), r"of shape \(4, 9, 9\)"),
+    ],
+)
+def test_a_picture_of_other_channels_is_refused_not_padded(count, picture, what):
+    message = rf"picture {what} came to a transform for {count} channels; read it with channels={count}, or from"
+    with pytest.raises(DataError, match=message):
+        imagenet_eval(SMALL.with_channels(count))(picture)
+
+
+def test_two_channels_take_geometry_and_refuse_changes_of_colour():
+    two = SMALL.with_channels(2)
+    assert light(two)(channels_of(2, "uint8")).shape == (2, 24, 24)
+    for preset in (trivial_augment, JITTER):
+        with pytest.raises(SettingError, match="2 channels have no colours to change; choose the transform light"):
+            preset(two)
 
 
 def test_cifar_eval_leaves_32_pixel_pictures_as_they_are():

@@ -49,7 +49,7 @@ _EXPORTS = {
     ],
     "history": ["EpochRecord", "History"],
     "metrics": ["Evaluation"],
-    "model": ["Stage", "TransferModel", "create_model"],
+    "model": ["Stage", "TrainingOutput", "TransferModel", "adapt", "create_model"],
     "optim": ["build_optimizer", "param_groups"],
     "prediction": ["Prediction", "predict"],
     "preprocessing": ["Preprocessing"],
@@ -120,7 +120,13 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
     from transferkit.history import EpochRecord as EpochRecord, History as History
     from transferkit.metrics import Evaluation as Evaluation
-    from transferkit.model import Stage as Stage, TransferModel as TransferModel, create_model as create_model
+    from transferkit.model import (
+        Stage as Stage,
+        TrainingOutput as TrainingOutput,
+        TransferModel as TransferModel,
+        adapt as adapt,
+        create_model as create_model,
+    )
     from transferkit.optim import build_optimizer as build_optimizer, param_groups as param_groups
     from transferkit.prediction import Prediction as Prediction, predict as predict
     from transferkit.preprocessing import Preprocessing as Preprocessing

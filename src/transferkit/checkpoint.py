@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from transferkit.backbones import Backbone, build_network
+from transferkit.backbones import Backbone, StemChange, build_network, change_channels, change_stem
 from transferkit.exceptions import ArtifactError, OutputError
 from transferkit.heads import Head
 from transferkit.model import TransferModel
@@ -30,7 +30,7 @@ WEIGHTS, CONFIG, HISTORY = "model.safetensors", "config.json", "history.csv"
 _FORMAT = 1
 _KEYS = ("arguments", "backbone", "eval_transform", "head", "preprocessing", "weights")
 # What the adapters note down. Others are refused: timm takes ones that read files and reach for the network.
-_ARGUMENTS = {"aux_logits", "image_size", "img_size", "transform_input"}
+_ARGUMENTS = {"aux_logits", "image_size", "img_size", "in_chans", "patch_size", "transform_input", "window_size"}
 
 
 def save_artifact(
@@ -80,7 +80,9 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
 def _config(model: TransferModel, extra: dict[str, Any] | None) -> dict[str, Any]:
     library, _, architecture = model.name.partition("/")
     preprocessing = model.preprocessing
-    native = library in ("timm", "torchvision") and model.head.plain
+    # timm builds for any number of channels by itself; torchvision's networks take three.
+    buildable = library == "timm" or (library == "torchvision" and preprocessing.channels == 3)
+    native = buildable and model.head.plain and not model.stem
     return {
         "architecture": architecture,
         "num_classes": len(model.class_names),
@@ -110,8 +112,11 @@ def _config(model: TransferModel, extra: dict[str, Any] | None) -> dict[str, Any
                 "paths": list(model.head_paths),
                 "dropout": model.head.dropout,
                 "hidden_size": model.head.hidden_size,
+                "aux_paths": list(model.aux_paths),
+                "aux_weight": model.aux_weight,
             },
             "arguments": model.arguments,
+            "stem": [change.to_dict() for change in model.stem],
             "versions": {name: version(name) for name in ("transferkit", "torch", "torchvision", "timm")},
         },
         **({"run": extra} if extra else {}),
@@ -165,6 +170,7 @@ def load_artifact(directory: str | os.PathLike[str], *, network: nn.Module | Non
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         eval_transform(config["eval_transform"], preprocessing)
         arguments = dict(config["arguments"])
+        stem = tuple(map(StemChange.from_dict, config.get("stem", ())))
         if unknown := sorted(arguments.keys() - _ARGUMENTS):
             raise ArtifactError(f"{directory} has arguments that no saved model has ({', '.join(unknown)})")
         if network is None and name.startswith("module/"):
@@ -175,7 +181,20 @@ def load_artifact(directory: str | os.PathLike[str], *, network: nn.Module | Non
         with torch.random.fork_rng(devices=[]):
             if network is None:
                 network = build_network(name, num_classes=len(names), arguments=arguments)
-            backbone = Backbone(name, network, head_paths, preprocessing, config["weights"], arguments)
+                if preprocessing.channels != 3 and "in_chans" not in arguments:
+                    change_channels(network, preprocessing.channels)
+                change_stem(network, stem)
+            backbone = Backbone(
+                name,
+                network,
+                head_paths,
+                preprocessing,
+                config["weights"],
+                arguments,
+                stem,
+                aux_paths=tuple(config["head"].get("aux_paths", ())),
+                aux_weight=config["head"].get("aux_weight", 0.0),
+            )
             model = TransferModel(backbone, class_names=names, head=head)
         model.eval_preset = config["eval_transform"]
     except ArtifactError:

@@ -99,6 +99,10 @@ def finetune(
     batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the head; the recipe's by default.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
+    in_chans: Annotated[int | None, typer.Option(help="Channels: 1 for greys, 3, or 4 with transparency.")] = None,
+    small_images: Annotated[
+        str, typer.Option(help="upsample: enlarge small pictures; stem: adapt the network's stem to them.")
+    ] = "upsample",
     augment: Annotated[
         str | None, typer.Option(help="light, imagenet, cifar, trivial_augment or none; the recipe's by default.")
     ] = None,
@@ -125,6 +129,8 @@ def finetune(
         batch_size=batch_size,
         lr=lr,
         image_size=image_size,
+        in_chans=in_chans,
+        small_images=small_images,
         train_preset=augment,
         val_fraction=val_fraction,
         seed=seed,
@@ -235,6 +241,46 @@ def models(
         ]
         for info in infos
     ]
+    _print_table(rows)
+
+
+@app.command()
+def stages(
+    model: Annotated[str, typer.Argument(help="torchvision/NAME, timm/NAME, or a bare name.")],
+    image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
+    num_classes: Annotated[int, typer.Option(help="Width of the new head.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Show a network's stages, which freeze policies name: parameters, batch norm, native modules."""
+    from transferkit.model import outline
+
+    network = outline(model, num_classes=num_classes, image_size=image_size)
+    if as_json:
+        _print_json(
+            {
+                "model": network.name,
+                "num_features": network.num_features,
+                "stages": [
+                    {
+                        "name": stage.name,
+                        "parameters": stage.num_parameters,
+                        "batch_norm": stage.has_batch_norm,
+                        "modules": list(stage.paths),
+                    }
+                    for stage in network.stages
+                ],
+            }
+        )
+        return
+    total = sum(stage.num_parameters for stage in network.stages)
+    typer.echo(
+        f"{network.name}: {total:,} parameters, {network.preprocessing.size} px, {network.num_features} features"
+    )
+    rows = [["stage", "parameters", "batch norm", "native modules"]]
+    for stage in network.stages:
+        ends = stage.paths if len(stage.paths) < 4 else (stage.paths[0], "…", stage.paths[-1])
+        norm = "yes" if stage.has_batch_norm else "–"
+        rows.append([stage.name, f"{stage.num_parameters:>12,}", norm, ", ".join(ends)])
     _print_table(rows)
 
 

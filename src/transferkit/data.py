@@ -171,7 +171,8 @@ def from_datasets(train: Any, val: Any, *, class_names: Sequence[str] | None = N
 
     Args:
         train: Images are PIL, uint8 arrays, or uint8 or float tensors, not normalised (see
-            :func:`transferkit.pictures.as_picture`); labels are whole numbers from 0. A torch ``Subset`` is fine.
+            :func:`transferkit.pictures.as_picture`), with any number of channels where the network takes that many;
+            labels are whole numbers from 0. A torch ``Subset`` is fine.
         val: The same.
         class_names: One per class; by default ``train.classes``, else ``"0"``, ``"1"``, … up to the largest label.
 

@@ -12,26 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import to_pil_image
 
 from transferkit.callbacks import BestCheckpoint, Callback, CSVLogger, LRScheduler, Progress, UnfreezeLogger
-from transferkit.checkpoint import CONFIG, HISTORY, WEIGHTS, load_artifact, save_artifact
+from transferkit.checkpoint import HISTORY, WEIGHTS, load_artifact, save_artifact
 from transferkit.data import from_datasets, image_folder, labelled_folder
 from transferkit.devices import choose_device
-from transferkit.exceptions import DataError, OutputError, SettingError
+from transferkit.exceptions import DataError, SettingError
 from transferkit.freezing import FreezePolicy, policy_from_text
 from transferkit.heads import Head
 from transferkit.history import History
 from transferkit.loading import loader
 from transferkit.metrics import evaluate_logits
-from transferkit.model import TransferModel, create_model
+from transferkit.model import TransferModel, adapt, create_model
 from transferkit.optim import OptimizerFactory, build_optimizer, check_rates, find_optimizer, param_groups
+from transferkit.plan import plan_text
 from transferkit.prediction import Pictures, Prediction, predict
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
 from transferkit.recipes import Recipe, default_recipe
+from transferkit.run_folder import RunFolder
 from transferkit.schedules import Schedule, schedule_by_name
 from transferkit.sources import LabelledPictures, PictureData
 from transferkit.trainer import Trainer, check_training, collect_logits
@@ -71,6 +74,11 @@ class Finetuner:
         optimizer: ``"adamw"``, ``"sgd"``, or a callable that takes parameter groups.
         schedule: A schedule or its name; ``None`` for the recipe's.
         image_size: Input side in pixels; ``None`` for the size of the weights.
+        in_chans: Channels of the pictures: 1 for greys, 3, 4 with transparency; ``None`` for 3.
+        aux: Auxiliary classifiers of GoogLeNet and Inception v3: ``"drop"`` or ``"train"``.
+        small_images: ``"upsample"`` enlarges pictures that are smaller than the network's size; ``"stem"`` adapts the
+            network's stem to them instead, for 32 px unless ``image_size`` says otherwise.
+        head: For a module of your own: dotted name of its classification layer, where it cannot be found.
         preprocessing: Overrides that of the weights.
         train_preset: ``"light"``, ``"imagenet"``, ``"cifar"``, ``"trivial_augment"``, ``"none"``, or a callable from a
             picture to a tensor; ``None`` for the recipe's.
@@ -121,6 +129,10 @@ class Finetuner:
     optimizer: str | OptimizerFactory = "adamw"
     schedule: Schedule | str | None = None
     image_size: int | None = None
+    in_chans: int | None = None
+    aux: str = "drop"
+    small_images: str = "upsample"
+    head: str | None = None
     preprocessing: Preprocessing | None = None
     train_preset: str | Transform | None = None
     eval_preset: str = "imagenet"
@@ -151,6 +163,7 @@ class Finetuner:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        self._check_backbone()
         if self.num_workers is not None and self.num_workers < 0:
             raise SettingError(f"num_workers must be 0 or more, or None, got {self.num_workers}")
         if not 0 < self.val_fraction < 1:
@@ -181,6 +194,20 @@ class Finetuner:
             clip_grad_norm=self.clip_grad_norm,
             precision=self.precision,
         )
+
+    def _check_backbone(self) -> None:
+        """Refuse what a module cannot have, and what only a module can."""
+        if not isinstance(self.backbone, nn.Module):
+            if self.head is not None:
+                raise SettingError("head= goes with a module; the head of a named backbone is known")
+            return
+        for name, default in (("image_size", None), ("in_chans", None), ("aux", "drop"), ("small_images", "upsample")):
+            if getattr(self, name) != default:
+                raise SettingError(
+                    f"{name} goes with a backbone's name; give a module preprocessing=Preprocessing(...)"
+                )
+        if self.weights not in (None, "default"):
+            raise SettingError("weights goes with a backbone's name; load a module's weights before it is passed")
 
     @property
     def recipe(self) -> Recipe:
@@ -216,9 +243,12 @@ class Finetuner:
             SettingError: A setting does not go with the data or the network.
         """
         started = time.perf_counter()
-        self._check_output()
+        folder = None if self.output_dir is None else RunFolder(self.output_dir, overwrite=self.overwrite)
+        if folder is not None:
+            folder.check()
         self.data = self._read(data)
         self.model = self._build(self.data)
+        _note_enlarging(self.model, self.data)
         recipe = self.recipe
         preprocessing = self.model.preprocessing
         train_batches = self._loader(self.data.train, train_transform(recipe.train_preset, preprocessing), train=True)
@@ -235,7 +265,7 @@ class Finetuner:
             self.model,
             optimizer,
             policy=recipe.policy,
-            callbacks=self._callbacks(recipe),
+            callbacks=self._callbacks(recipe, folder),
             seed=self.seed,
             label_smoothing=recipe.label_smoothing,
             class_weights=self._class_weights(self.data),
@@ -246,7 +276,11 @@ class Finetuner:
             device=self.device,
             precision=self.precision,
         )
-        self._show_plan(recipe, optimizer)
+        if self.progress:
+            from rich.console import Console
+
+            plan = plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs)
+            Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(plan)
         self.history = trainer.history
         trainer.fit(train_batches, val_batches, epochs=self.epochs)
         if self.output_dir is not None and trainer.is_main_process:
@@ -374,12 +408,13 @@ class Finetuner:
             source = self.data.val
         else:
             raise SettingError("which pictures? give plot_predictions(data=FOLDER), since none were trained on here")
+        source = source.with_channels(model.preprocessing.channels)
         with seeded(self.seed, 4):
             chosen = torch.randperm(len(source))[:count].tolist()
         labelled = [source[index] for index in chosen]
-        images = [to_pil_image(image) if isinstance(image, Tensor) else image for image, _ in labelled]
+        images = [image for image, _ in labelled]
         views = [
-            PredictionView(image, said.label, said.confidence, model.class_names[label])
+            PredictionView(_visible(image), said.label, said.confidence, model.class_names[label])
             for image, said, (_, label) in zip(images, self.predict(images), labelled, strict=True)
         ]
         figure = plot_predictions(views)
@@ -397,35 +432,6 @@ class Finetuner:
         }
         return {name: value if isinstance(value, plain) else str(value)[:200] for name, value in given.items()}
 
-    def _check_output(self) -> None:
-        """Make sure that the output folder can be written and holds no run that must be kept."""
-        if self.output_dir is None:
-            return
-        folder = Path(self.output_dir)
-        present = self._present()
-        if present and not self.overwrite:
-            raise OutputError(
-                f"{folder} already holds a run ({present[0].name}); choose another folder, or replace it (--overwrite)"
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OutputError(f"the output folder {folder} cannot be written: {error}") from error
-
-    def _clear_output(self) -> None:
-        """Remove the run that is to be replaced."""
-        for file in self._present():
-            file.unlink()
-
-    def _present(self) -> list[Path]:
-        if self.output_dir is None:
-            return []
-        files = (Path(self.output_dir) / name for name in (CONFIG, WEIGHTS, HISTORY))
-        return [file for file in files if file.exists()]
-
     def _read(self, data: Data) -> PictureData:
         if isinstance(data, PictureData):
             return data
@@ -440,24 +446,37 @@ class Finetuner:
         return image_folder(data, val_fraction=self.val_fraction, seed=self.seed)
 
     def _build(self, data: PictureData) -> TransferModel:
-        model = create_model(
-            self.backbone,
-            class_names=data.class_names,
-            weights=self.weights,
-            dropout=self.dropout,
-            hidden_size=self.hidden_size,
-            image_size=self.image_size,
-            preprocessing=self.preprocessing,
-            seed=self.seed,
-        )
+        shape: dict[str, Any] = {"dropout": self.dropout, "hidden_size": self.hidden_size, "seed": self.seed}
+        if isinstance(self.backbone, nn.Module):
+            model = adapt(
+                self.backbone,
+                class_names=data.class_names,
+                head=self.head,
+                preprocessing=self.preprocessing,
+                **shape,
+            )
+        else:
+            model = create_model(
+                self.backbone,
+                class_names=data.class_names,
+                weights=self.weights,
+                image_size=self.image_size,
+                in_chans=self.in_chans,
+                aux=self.aux,
+                small_images=self.small_images,
+                preprocessing=self.preprocessing,
+                **shape,
+            )
         model.eval_preset = self.eval_preset
-        model.keep_statistics = self.weights is not None if self.keep_statistics is None else self.keep_statistics
+        pretrained = self.weights is not None and not model.stem  # at another scale their statistics do not hold
+        model.keep_statistics = pretrained if self.keep_statistics is None else self.keep_statistics
         return model.eval()
 
     def _loader(self, source: LabelledPictures, transform: Transform, *, train: bool) -> DataLoader[tuple[Tensor, int]]:
         workers = min(8, (os.cpu_count() or 1) - 1) if self.num_workers is None else self.num_workers
+        channels = 3 if self.model is None else self.model.preprocessing.channels
         return loader(
-            source,
+            source.with_channels(channels),
             transform,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -465,9 +484,9 @@ class Finetuner:
             num_workers=min(workers, len(source) // self.batch_size),
         )
 
-    def _callbacks(self, recipe: Recipe) -> list[Callback]:
+    def _callbacks(self, recipe: Recipe, folder: RunFolder | None) -> list[Callback]:
         callbacks: list[Callback] = [
-            _AtStart(self._clear_output),
+            *([_AtStart(folder.clear)] if folder is not None else []),
             LRScheduler(recipe.schedule),
             BestCheckpoint(self.output_dir, monitor=self.monitor),
             UnfreezeLogger(),
@@ -484,30 +503,30 @@ class Finetuner:
         counts = Counter(data.train.labels())
         return [len(data.train) / (len(counts) * counts[label]) for label in range(len(data.class_names))]
 
-    def _show_plan(self, recipe: Recipe, optimizer: torch.optim.Optimizer) -> None:
-        if not self.progress or self.model is None or self.data is None:
-            return
-        from rich.console import Console
-
-        model, data = self.model, self.data
-        model.freeze(recipe.policy.frozen_stages(model.stage_names, 0))
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"{model.name}, {model.weights or 'random weights'}, {model.preprocessing.size} px")
-        console.print(
-            f"{len(data.train)} training and {len(data.val)} validation pictures of {len(data.class_names)} classes"
-        )
-        console.print(f"{self.epochs} epochs, {recipe.policy}, {recipe.schedule}", markup=False)
-        console.print(model.summary(optimizer), markup=False)
-        for epoch in recipe.policy.changes(model.stage_names, self.epochs):
-            frozen = recipe.policy.frozen_stages(model.stage_names, epoch)
-            training = [name for name in model.stage_names if name not in frozen]
-            lr = recipe.policy.phase_lrs().get(epoch)
-            console.print(f"from epoch {epoch + 1}: {', '.join(training)}{f' at lr {lr:g}' if lr else ''}")
-
     def _trained(self) -> TransferModel:
         if self.model is None:
             raise SettingError("there is no model yet: call fit(DATA) first, or Finetuner.load(DIRECTORY)")
         return self.model
+
+
+def _note_enlarging(model: TransferModel, data: PictureData) -> None:
+    picture, _ = data.train[0]
+    side = min(picture.size if isinstance(picture, Image.Image) else picture.shape[-2:])
+    if side < model.preprocessing.size // 2:
+        logger.info(
+            "pictures of %d px are enlarged to the network's %d px (small_images='upsample'); 'stem' adapts the "
+            "network to them instead, and image_size= sets another size",
+            side,
+            model.preprocessing.size,
+        )
+
+
+def _visible(image: Image.Image | Tensor) -> Image.Image:
+    """Return a picture that can be drawn: of more than three channels the first three."""
+    if not isinstance(image, Tensor):
+        return image
+    picture: Image.Image = to_pil_image(image[:3] if len(image) > 2 else image[:1])
+    return picture
 
 
 class _AtStart(Callback):

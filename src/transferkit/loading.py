@@ -25,6 +25,9 @@ SampleKey = tuple[int, int]
 class TransformedDataset(Dataset[tuple[Tensor, int]]):
     """Pictures of a source as tensors, ready for a network.
 
+    A transform of :mod:`transferkit.transforms` knows the network's ``channels``, and the source is asked for them. For
+    one of your own the source decides, RGB if nothing else: ``source.with_channels(4)`` gives RGBA.
+
     Args:
         source: Where pictures and labels come from.
         transform: From a picture to a float32 tensor (C, S, S).
@@ -47,7 +50,11 @@ class TransformedDataset(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, source: LabelledPictures, transform: Transform, *, seed: int = 0, augmented: bool = True
     ) -> None:
-        """Store the settings; nothing is read yet."""
+        """Ask the source for the transform's channels; nothing is read yet."""
+        channels = getattr(transform, "channels", None)
+        # A plain list of (picture, label) pairs is a source too; it gives its pictures as they are.
+        if channels is not None and hasattr(source, "with_channels"):
+            source = source.with_channels(channels)
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -148,7 +155,8 @@ def loader(
     """Build a torch ``DataLoader`` over a source; ``loader.sampler.set_epoch(epoch)`` chooses the epoch.
 
     Args:
-        source: Where pictures and labels come from.
+        source: Where pictures and labels come from; a transform with ``channels`` gets its pictures in these, as
+            :class:`TransformedDataset` says.
         transform: From a picture to a float32 tensor (C, S, S).
         batch_size: Pictures per batch and process, 1 or more.
         seed: The run's seed, 0 or more.
@@ -163,7 +171,7 @@ def loader(
         A loader of batches (images (B, C, S, S) float32, labels (B,) int64).
 
     Raises:
-        DataError: The source is empty.
+        DataError: The source is empty, or its pictures do not have the transform's channels.
         SettingError: ``batch_size`` or ``num_workers`` is outside its range, or processes outnumber pictures.
         PictureError: While iterating, also from worker processes: a picture cannot be read.
 
@@ -207,10 +215,14 @@ class _Batches(DataLoader[tuple[Tensor, int]]):
         except TransferkitError as error:
             if self.num_workers == 0:
                 raise
-            # torch wraps the worker's whole traceback into the message; its last line is "Class: our sentence". The
-            # wrapped error is let go, since the workers it keeps alive would be waited for.
+            # torch wraps the worker's whole traceback into the message; its last line is "Class: our sentence".
             sentence = str(error).strip().splitlines()[-1].partition(": ")[2]
             mended = type(error)(sentence)
+            # An error and a frame that know each other wait for the garbage collector, and it 10 s for their workers.
+            error.__traceback__ = None
         else:
             return
-        raise mended
+        try:
+            raise mended
+        finally:
+            del mended

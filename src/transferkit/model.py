@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from transferkit.backbones import Backbone, adopt_module, load_backbone, split_into_stages
-from transferkit.exceptions import SettingError, UnknownStageError, closest
+from transferkit.backbones import Backbone, StageNames, adapt_module, load_backbone, split_into_stages
+from transferkit.exceptions import SettingError, TransferkitError, UnknownStageError, closest
 from transferkit.heads import Head, build_head, head_inputs, replace_module
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
 
-__all__ = ["Stage", "TransferModel", "create_model"]
+__all__ = ["Stage", "TrainingOutput", "TransferModel", "adapt", "create_model", "outline"]
+
+logger = logging.getLogger("transferkit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +34,14 @@ class Stage:
         parameters: Its parameters; each belongs to exactly one stage of a network.
         buffers: Its buffers, running statistics for example.
         modules: Its modules, which share one training mode when frozen.
+        paths: Dotted native names of the outermost modules that hold its tensors, ``("layer1.0", "layer1.1")``.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     buffers: tuple[Tensor, ...]
     modules: tuple[nn.Module, ...]
+    paths: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -49,8 +54,33 @@ class Stage:
         return any(_has_statistics(module) for module in self.modules)
 
 
+class TrainingOutput(NamedTuple):
+    """What a network with auxiliary classifiers gives while it trains; :meth:`TransferModel.loss` takes it.
+
+    Attributes:
+        logits: (B, num_classes) float.
+        auxiliary: One tensor (B, num_classes) per auxiliary classifier.
+    """
+
+    logits: Tensor
+    auxiliary: tuple[Tensor, ...]
+
+
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
+def _outermost(names: StageNames) -> tuple[str, ...]:
+    holding = {tensor[:end] for tensor in names.tensors for end, sign in enumerate(tensor) if sign == "."}
+    modules = set(names.modules)
+    return tuple(path for path in names.modules if path in holding and path.rpartition(".")[0] not in modules)
+
+
+def _averaged(features: Tensor) -> Tensor:
+    """Average (B, F, H, W) over positions or (B, N, F) over tokens; (B, F) stays."""
+    if features.ndim == 4:
+        return features.mean((2, 3))
+    return features.mean(1) if features.ndim == 3 else features
 
 
 def _train_frozen(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -77,7 +107,9 @@ class TransferModel(nn.Module):
         class_names: One name per class.
         preprocessing: How pictures are prepared for these weights.
         eval_preset: Name of the transform that prepares them for evaluation (:func:`~transferkit.eval_transform`).
+        stem: What was changed so that small pictures keep their resolution.
         num_features: Width of what the head receives.
+        aux_paths: Dotted names of the auxiliary classification layers that train along, none for most networks.
         frozen: Names of the frozen stages.
         keep_statistics: Whether batch norms keep their pretrained running statistics, and use them, also in stages that
             train; their weights train all the same. Read by :meth:`freeze`. Worth it where batches are small or few.
@@ -100,6 +132,8 @@ class TransferModel(nn.Module):
         head = Head(len(names)) if head is None else head
         if len(set(names)) != len(names) or not names:
             raise SettingError(f"class_names must be different and at least one, got {list(names)}")
+        if not backbone.head_paths:
+            raise SettingError(f"{backbone.name} comes without the name of a classification layer to replace")
         if head.num_classes != len(names):
             raise SettingError(f"the head has {head.num_classes} classes, but {len(names)} class names are given")
         self.name = backbone.name
@@ -109,18 +143,22 @@ class TransferModel(nn.Module):
         self.eval_preset = "imagenet"
         self.class_names = names
         self.head = head
-        self.head_paths = backbone.head_paths
+        self.head_paths, self.aux_paths = backbone.head_paths, backbone.aux_paths
+        self.aux_weight = backbone.aux_weight
+        self.stem = backbone.stem
         self.frozen: frozenset[str] = frozenset()
         self.keep_statistics = False
         self.network = backbone.network
-        self.num_features = head_inputs(self.network.get_submodule(self.head_paths[0]))
-        for path in self.head_paths:
-            replace_module(self.network, path, build_head(self.network.get_submodule(path), head))
+        widths = [head_inputs(self.network.get_submodule(path)) for path in self.head_paths]
+        self.num_features = widths[0] if len(set(widths)) == 1 else sum(widths)
+        for path in (*self.head_paths, *self.aux_paths):
+            shape = head if path in self.head_paths else Head(len(names))
+            replace_module(self.network, path, build_head(self.network.get_submodule(path), shape))
         if isinstance(getattr(self.network, "num_classes", None), int):
             self.network.num_classes = len(names)  # type: ignore[assignment]  # a plain attribute in both libraries
         self._stage_names = split_into_stages(
             self.network,
-            head_paths=self.head_paths,
+            head_paths=(*self.head_paths, *self.aux_paths),
             channels=len(self.preprocessing.mean),
             size=self.preprocessing.size,
         )
@@ -137,6 +175,7 @@ class TransferModel(nn.Module):
                 tuple(parameters[key] for key in names.tensors if key in parameters),
                 tuple(buffers[key] for key in names.tensors if key in buffers),
                 tuple(modules[path] for path in names.modules),
+                _outermost(names),
             )
             for names in self._stage_names
         )
@@ -146,20 +185,55 @@ class TransferModel(nn.Module):
         """The names of :attr:`stages`."""
         return tuple(names.name for names in self._stage_names)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | TrainingOutput:
         """Return logits.
 
         Args:
             images: (B, C, H, W) float, normalised as :attr:`preprocessing` says.
 
         Returns:
-            (B, num_classes) float.
+            (B, num_classes) float; while training with ``aux="train"``, a :class:`TrainingOutput`.
         """
-        logits: Tensor = self.network(images)
-        return logits
+        output: Any = self.network(images)
+        if isinstance(output, Tensor):
+            return output
+        logits, *auxiliary = output
+        return TrainingOutput(logits, tuple(each for each in auxiliary if each is not None))
+
+    def loss(
+        self,
+        output: Tensor | TrainingOutput,
+        targets: Tensor,
+        loss_function: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    ) -> Tensor:
+        """Return one scalar for what :meth:`forward` gave, auxiliary classifiers included.
+
+        Args:
+            output: Logits, or a :class:`TrainingOutput`, whose auxiliary losses count 0.3 each for GoogLeNet and 0.4
+                for Inception v3.
+            targets: What ``loss_function`` takes beside logits: labels (B,) int, or shares (B, num_classes) float.
+            loss_function: From (logits, targets) to a scalar; cross-entropy by default.
+
+        Source: Szegedy et al. 2015, "Going deeper with convolutions", §5.
+
+        Example:
+            >>> model = create_model("torchvision/googlenet", weights=None, num_classes=2, aux="train").train()
+            >>> output = model(torch.zeros(2, 3, 64, 64))
+            >>> len(output.auxiliary), model.loss(output, torch.tensor([0, 1])).shape
+            (2, torch.Size([]))
+        """
+        if isinstance(output, Tensor):
+            return loss_function(output, targets)
+        total = loss_function(output.logits, targets)
+        for auxiliary in output.auxiliary:
+            total = total + self.aux_weight * loss_function(auxiliary, targets)
+        return total
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the head receives; the mean over positions where the head is a convolution.
+        """Return what the head receives, one vector per picture.
+
+        Positions are averaged where the head is a convolution or sees every token. Of several heads, inputs of one
+        width are averaged, as the distilled networks' two tokens; of different widths, put one after the other.
 
         Args:
             images: (B, C, H, W) float, normalised as :attr:`preprocessing` says.
@@ -167,16 +241,22 @@ class TransferModel(nn.Module):
         Returns:
             (B, num_features) float.
         """
-        received: list[Tensor] = []
-        head = self.network.get_submodule(self.head_paths[0])
-        handle = head.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
+        received: dict[str, Tensor] = {}
+        handles = [
+            self.network.get_submodule(path).register_forward_pre_hook(
+                lambda module, inputs, path=path: received.update({path: inputs[0]})
+            )
+            for path in self.head_paths
+        ]
         try:
             self.network(images)
         finally:
-            handle.remove()
-        features = received[0]
-        convolutional = features.ndim == 4 and features.shape[1] == self.num_features
-        return features.mean((2, 3)) if convolutional else features.flatten(1)
+            for handle in handles:
+                handle.remove()
+        vectors = [_averaged(received[path]) for path in self.head_paths]
+        if len({vector.shape[1] for vector in vectors}) == 1:
+            return torch.stack(vectors).mean(0)
+        return torch.cat(vectors, 1)
 
     def freeze(self, names: Iterable[str]) -> Self:
         """Freeze exactly these stages and train all others.
@@ -265,7 +345,7 @@ class TransferModel(nn.Module):
 
 
 def create_model(
-    name: str | nn.Module,
+    name: str,
     *,
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
@@ -273,15 +353,17 @@ def create_model(
     dropout: float = 0.0,
     hidden_size: int | None = None,
     image_size: int | None = None,
-    head: str | None = None,
+    in_chans: int | None = None,
+    aux: str = "drop",
+    small_images: str = "upsample",
     preprocessing: Preprocessing | None = None,
     seed: int | None = None,
 ) -> TransferModel:
-    """Make a classifier for your classes from any torchvision or timm backbone, or from a module you built.
+    """Make a classifier for your classes from any torchvision or timm backbone; :func:`adapt` takes a module.
 
     Args:
-        name: ``"torchvision/resnet18"``, ``"timm/convnext_atto.d2_in1k"``, a bare name (torchvision first, then timm),
-            or an ``nn.Module``, which keeps the weights it has and whose head is replaced in place.
+        name: ``"torchvision/resnet18"``, ``"timm/convnext_atto.d2_in1k"``, or a bare name (torchvision first, then
+            timm).
         class_names: One name per class; or give ``num_classes`` and they are called ``"0"``, ``"1"``, …
         num_classes: Number of classes, where they have no names.
         weights: ``"default"``; a tag (timm) or enum name (torchvision); ``"bundled"``, the small weights that ship
@@ -289,8 +371,13 @@ def create_model(
         dropout: Probability of dropping each of the head's inputs while training, in [0, 1).
         hidden_size: Width of a hidden layer in the head, or ``None`` for a linear head.
         image_size: Input side in pixels, or ``None`` for the size of the weights.
-        head: For a module: dotted name of its classification layer, where it cannot be found.
-        preprocessing: Overrides that of the weights.
+        in_chans: Channels of the pictures; ``None`` for 3, or as many as ``preprocessing`` has. Pretrained kernels are
+            summed for 1 and repeated for more than 3, and the preprocessing follows.
+        aux: Auxiliary classifiers (GoogLeNet, Inception v3): ``"drop"`` leaves them out, ``"train"`` trains them along.
+        small_images: ``"upsample"`` leaves the network alone, and its transform enlarges small pictures to its size;
+            ``"stem"`` adapts the stem, with its weights, so that pictures of 32 px (or ``image_size``) keep 4 × 4
+            positions or 8 × 8 tokens at the last stage.
+        preprocessing: Overrides that of the weights, with a warning where they expect another.
         seed: Decides the weights that are drawn, those of the new head at least; ``None`` draws them from torch's
             global generator.
 
@@ -306,24 +393,123 @@ def create_model(
         >>> create_model("torchvision/squeezenet1_1", weights=None, num_classes=5).num_features
         512
     """
+    names = _class_names(class_names, num_classes)
+    shape = Head(len(names), dropout=dropout, hidden_size=hidden_size)
+    if preprocessing is not None:
+        image_size = _agreed("image_size", image_size, preprocessing.size)
+        in_chans = _agreed("in_chans", in_chans, preprocessing.channels)
+    with nullcontext() if seed is None else seeded(seed, 3):
+        backbone = load_backbone(
+            name,
+            weights=weights,
+            image_size=image_size,
+            in_chans=3 if in_chans is None else in_chans,
+            aux=aux,
+            small_images=small_images,
+        )
+        if preprocessing is not None:
+            _warn_of_override(backbone, preprocessing)
+            backbone = replace(backbone, preprocessing=preprocessing)
+        return TransferModel(backbone, class_names=names, head=shape)
+
+
+def adapt(
+    module: nn.Module,
+    *,
+    class_names: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    head: str | None = None,
+    preprocessing: Preprocessing | None = None,
+    dropout: float = 0.0,
+    hidden_size: int | None = None,
+    seed: int | None = None,
+) -> TransferModel:
+    """Make a classifier for your classes from a module you built; it keeps its weights and gets a new head in place.
+
+    Args:
+        module: Any classifier of pictures, of torchvision, timm, or your own.
+        class_names: One name per class; or give ``num_classes`` and they are called ``"0"``, ``"1"``, …
+        num_classes: Number of classes, where they have no names.
+        head: Dotted name of its classification layer; ``None`` finds it by running one made picture: the last linear
+            or convolutional layer with as many outputs as there are logits.
+        preprocessing: What its weights expect; ``None`` for timm's metadata, else ImageNet's at 224 px, with a warning.
+        dropout: Probability of dropping each of the head's inputs while training, in [0, 1).
+        hidden_size: Width of a hidden layer in the head, or ``None`` for a linear head.
+        seed: Decides the weights of the new head; ``None`` draws them from torch's global generator.
+
+    Returns:
+        A :class:`TransferModel` with nothing frozen, its stages in the order in which the module runs.
+
+    Raises:
+        SettingError: The head cannot be found or replaced; the message says which argument settles it.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        >>> adapt(network, num_classes=3, preprocessing=Preprocessing(28, 28, (0.5,), (0.5,))).head_paths
+        ('3',)
+    """
+    names = _class_names(class_names, num_classes)
+    shape = Head(len(names), dropout=dropout, hidden_size=hidden_size)
+    with nullcontext() if seed is None else seeded(seed, 3):
+        backbone = adapt_module(module, head=head, preprocessing=preprocessing)
+        return TransferModel(backbone, class_names=names, head=shape)
+
+
+def outline(name: str, *, num_classes: int = 1000, image_size: int | None = None) -> TransferModel:
+    """Build a model without its values, to look at its stages: large networks take a second and no memory.
+
+    Args:
+        name: As for :func:`create_model`.
+        num_classes: Number of classes.
+        image_size: Input side in pixels, or ``None`` for the size of the weights.
+
+    Returns:
+        A :class:`TransferModel` on torch's ``meta`` device where the network can be built there.
+
+    Raises:
+        UnknownModelError: No such model.
+        SettingError: A value is outside its range.
+
+    Example:
+        >>> outline("torchvision/resnet18").stages[1].paths
+        ('layer1.0', 'layer1.1')
+    """
+    settings: dict[str, Any] = {"weights": None, "num_classes": num_classes, "image_size": image_size}
+    try:
+        with torch.device("meta"):
+            return create_model(name, **settings)
+    except TransferkitError:
+        raise
+    except Exception:  # some builders read values, torchvision's RegNet those of its widths
+        return create_model(name, **settings)
+
+
+def _class_names(class_names: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:
     if (class_names is None) == (num_classes is None):
         raise SettingError("give either class_names or num_classes")
-    names = tuple(class_names) if class_names is not None else tuple(str(index) for index in range(num_classes or 0))
-    shape = Head(len(names) if class_names is not None else num_classes or 0, dropout=dropout, hidden_size=hidden_size)
-    with nullcontext() if seed is None else seeded(seed, 3):
-        if isinstance(name, nn.Module):
-            if image_size is not None:
-                raise SettingError(
-                    "image_size goes with a backbone's name; give a module preprocessing=Preprocessing(...)"
-                )
-            if weights not in (None, "default"):
-                raise SettingError("weights goes with a backbone's name; load a module's weights before it is passed")
-            backbone = adopt_module(name, head=head, preprocessing=preprocessing)
-        else:
-            if head is not None:
-                raise SettingError("head= goes with a module; the head of a named backbone is known")
-            backbone = load_backbone(name, weights=weights, image_size=image_size)
-        model = TransferModel(backbone, class_names=names, head=shape)
-    if preprocessing is not None:
-        model.preprocessing = preprocessing
-    return model
+    if class_names is not None:
+        return tuple(class_names)
+    Head(num_classes or 0)
+    return tuple(str(index) for index in range(num_classes or 0))
+
+
+def _agreed(argument: str, given: int | None, stated: int) -> int:
+    if given not in (None, stated):
+        raise SettingError(f"{argument}={given} and preprocessing for {stated} contradict each other; give one of them")
+    return stated
+
+
+def _warn_of_override(backbone: Backbone, preprocessing: Preprocessing) -> None:
+    differing = [
+        f"{name} {given} instead of {expected}"
+        for name, (given, expected) in preprocessing.differences(backbone.preprocessing).items()
+        if name in ("mean", "std", "interpolation", "crop")  # another size is no mistake
+    ]
+    if backbone.weights is not None and differing:
+        logger.warning(
+            "the preprocessing of %s's weights (%s) is overridden: %s; leave preprocessing alone unless they were "
+            "trained so",
+            backbone.name,
+            backbone.weights,
+            ", ".join(differing),
+        )

@@ -1,4 +1,4 @@
-"""One picture: from a file or from memory to upright 8-bit RGB, and where picture files are."""
+"""One picture: from a file or from memory to upright 8-bit RGB or more channels, and where picture files are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from torch import Tensor
 
 from transferkit.exceptions import DataError, PictureError, closest
 
-__all__ = ["as_picture", "existing", "find_pictures", "list_pictures", "picture_extensions", "read_picture"]
+__all__ = [
+    "as_picture",
+    "check_file_channels",
+    "existing",
+    "find_pictures",
+    "list_pictures",
+    "picture_extensions",
+    "read_picture",
+]
 
 # Pillow lists these, but they are pages, films or containers: it needs Ghostscript or a handler it does not bring.
 _NOT_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
@@ -24,21 +32,27 @@ _NOT_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
 # A float picture that was resized bicubically overshoots [0, 1] a little; a normalised one leaves it clearly.
 _OVERSHOOT = 0.25
 
+_FILE_CHANNELS = (1, 3, 4)
 
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Read one picture file as upright RGB, whatever its mode.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit and float greys are scaled to 8 bits, and of an
-    animation the first frame is taken. The file is closed again, and Pillow's warnings stay silent.
+def read_picture(path: str | os.PathLike[str], *, channels: int = 3) -> Image.Image:
+    """Read one picture file as upright RGB, or with its transparency as RGBA, whatever its mode.
+
+    EXIF orientation is applied, 16-bit and float greys are scaled to 8 bits, and of an animation the first frame is
+    taken. The file is closed again, and Pillow's warnings stay silent.
 
     Args:
         path: Any raster file Pillow decodes; the content decides, not the extension.
+        channels: What the network takes. 3 gives RGB, transparency laid on white, and so does 1, which the network's
+            transform turns grey. 4 gives RGBA: transparency is kept, and a picture without is opaque. Pillow drops a
+            fourth band of another meaning, as in TIFF files from satellites; hand those over as tensors.
 
     Returns:
-        A PIL image of mode ``RGB``.
+        A PIL image of mode ``RGB`` or ``RGBA``.
 
     Raises:
         PictureError: The file cannot be read; the message names it and the cause.
+        DataError: Files do not have so many channels.
 
     Source: Pillow.
 
@@ -50,24 +64,29 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
         >>> picture.mode, picture.size, picture.getpixel((0, 0))
         ('RGB', (4, 2), (255, 255, 255))
     """
+    check_file_channels(channels)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
-            return _upright_rgb(image)
+            return _upright(image, channels)
     # Pillow's decoders let struct.error, zlib.error, SyntaxError and more escape from damaged files.
     except Exception as error:
         cause = _cause(Path(path), error)
         raise PictureError(f"cannot read picture {os.fspath(path)}: {cause}; replace or remove it") from error
 
 
-def as_picture(image: Any) -> Image.Image | Tensor:
+def as_picture(image: Any, *, channels: int = 3) -> Image.Image | Tensor:
     """Bring a picture that is already in memory to what the transforms take.
 
     Args:
         image: A PIL image of any mode; a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); or a uint8 or float
-            tensor (H, W), (1, H, W) or (3, H, W), floats in [0, 1].
+            tensor (H, W), (1, H, W) or (3, H, W), floats in [0, 1]. For another number of channels than 1 and 3 a
+            tensor has exactly these, (channels, H, W), and an array may have them, (H, W, channels).
+        channels: What the network takes; 1, 3 and 4 mean for a PIL image what they mean for :func:`read_picture`.
 
     Returns:
-        An upright PIL image of mode ``RGB``, or a plain tensor (3, H, W) of the given dtype, floats clamped to [0, 1].
+        An upright PIL image of mode ``RGB``, or ``RGBA`` for 4 channels. From tensors, and from arrays that have
+        exactly the channels where these are not 1 or 3, a plain tensor (channels, H, W) of the given dtype, floats
+        clamped to [0, 1]; for 1 channel a tensor (3, H, W) stays as it is, and the network's transform turns it grey.
 
     Raises:
         DataError: The picture has another type, dtype, shape or range, or is already normalised.
@@ -77,24 +96,41 @@ def as_picture(image: Any) -> Image.Image | Tensor:
     Example:
         >>> as_picture(np.zeros((2, 4), dtype=np.uint8)).size
         (4, 2)
-        >>> as_picture(torch.zeros(1, 2, 4)).shape
-        torch.Size([3, 2, 4])
+        >>> as_picture(torch.zeros(1, 2, 4)).shape, as_picture(torch.zeros(8, 2, 4), channels=8).shape
+        (torch.Size([3, 2, 4]), torch.Size([8, 2, 4]))
     """
     if isinstance(image, Image.Image):
+        check_file_channels(channels)
         with warnings.catch_warnings(action="ignore"):
-            return _upright_rgb(image)
+            return _upright(image, channels)
     if isinstance(image, Tensor):
-        return _checked_tensor(image)
+        return _checked_tensor(image, channels)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
-            raise DataError(
-                f"a picture array has shape {image.shape} and dtype {image.dtype}; "
-                "it needs uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
-            )
-        return _upright_rgb(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
+        return _from_array(image, channels)
     raise DataError(
         f"a picture is a {type(image).__name__}; it needs to be a PIL image, a uint8 array or a uint8 or float tensor"
     )
+
+
+def check_file_channels(channels: int) -> None:
+    """Check that picture files, and PIL images, can be read with so many channels.
+
+    Args:
+        channels: What the network takes.
+
+    Raises:
+        DataError: It is not 1, 3 or 4.
+
+    Source: :func:`read_picture` says what the channels of a file are.
+
+    Example:
+        >>> check_file_channels(4)
+    """
+    if channels not in _FILE_CHANNELS:
+        raise DataError(
+            f"picture files and PIL images have 1, 3 or 4 channels and the network takes {channels}; "
+            f"hand its pictures over as tensors ({channels}, H, W), to train on as a data set of (tensor, label) pairs"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -232,7 +268,7 @@ def _cause(path: Path, error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, channels: int) -> Image.Image:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
@@ -240,6 +276,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = image.copy()
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scaled_to_8_bits(image)
+    if channels == 4:
+        return image.convert("RGBA") if image.has_transparency_data else image.convert("RGB").convert("RGBA")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -258,14 +296,33 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values - low) * scale + 0.5).astype(np.uint8))
 
 
-def _checked_tensor(image: Tensor) -> Tensor:
+def _from_array(image: np.ndarray[Any, np.dtype[Any]], channels: int) -> Image.Image | Tensor:
+    if image.dtype == np.uint8:
+        if channels not in (1, 3) and image.shape[2:] == (channels,):
+            # Pillow would weight the colours by a fourth channel that need not be transparency.
+            return torch.from_numpy(np.moveaxis(image, 2, 0).copy())
+        if channels in _FILE_CHANNELS and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+            return _upright(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image), channels)
+    raise DataError(
+        f"a picture array has shape {image.shape} and dtype {image.dtype}; it needs uint8 "
+        + ("(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)" if channels in _FILE_CHANNELS else f"(H, W, {channels})")
+    )
+
+
+def _checked_tensor(image: Tensor, channels: int) -> Tensor:
     image = image.as_subclass(Tensor)
-    if image.ndim == 2:
+    colours = channels in (1, 3)
+    if image.ndim == 2 and colours:
         image = image.unsqueeze(0)
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise DataError(f"a picture tensor has shape {tuple(image.shape)}; it needs (H, W), (1, H, W) or (3, H, W)")
+    if image.ndim != 3 or image.shape[0] not in ((1, 3) if colours else (channels,)) or 0 in image.shape:
+        raise DataError(
+            f"a picture tensor has shape {tuple(image.shape)}; it needs "
+            f"{'(H, W), (1, H, W) or (3, H, W)' if colours else f'({channels}, H, W)'}"
+        )
+    # One channel stays one where the network takes one, since turning three equal ones grey loses a level of 256.
+    shape = (max(channels, image.shape[0]), -1, -1)
     if image.dtype == torch.uint8:
-        return image.expand(3, -1, -1)
+        return image.expand(shape)
     if not image.is_floating_point():
         raise DataError(f"a picture tensor has dtype {image.dtype}; it needs uint8 or a float in [0, 1]")
     low, high = image.aminmax()
@@ -276,4 +333,4 @@ def _checked_tensor(image: Tensor) -> Tensor:
         )
     if not high <= 1 + _OVERSHOOT:
         raise DataError(f"a float picture tensor has values up to {high:.3g}; scale it to [0, 1] or hand it as uint8")
-    return image.clamp(0, 1).expand(3, -1, -1)
+    return image.clamp(0, 1).expand(shape)

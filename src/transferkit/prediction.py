@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from PIL import Image
@@ -20,8 +21,8 @@ from transferkit.transforms import eval_transform
 
 __all__ = ["Pictures", "Prediction", "predict"]
 
-Pictures = str | os.PathLike[str] | Image.Image | Sequence["str | os.PathLike[str] | Image.Image"]
-"""What can be predicted: a file, a folder, a PIL image, or a list of these."""
+Pictures = str | os.PathLike[str] | Image.Image | Tensor | Sequence["str | os.PathLike[str] | Image.Image | Tensor"]
+"""What can be predicted: a file, a folder, a PIL image, a tensor (C, H, W), or a list of these."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Prediction:
     """What a model says of one picture.
 
     Attributes:
-        path: The file, or ``None`` for a PIL image.
+        path: The file, or ``None`` for a picture in memory.
         label: The likeliest class.
         confidence: Its probability, 0 to 1.
         probabilities: Probability by class name, in the order of the model's classes.
@@ -64,7 +65,9 @@ def predict(
 
     Args:
         model: A trained model; its training mode is left as it was.
-        pictures: A file, a folder (searched through), a PIL image, or a list of these.
+        pictures: A file, a folder (searched through), a PIL image, a uint8 or float tensor (C, H, W) not normalised
+            (see :func:`transferkit.pictures.as_picture`), or a list of these. They are read in the model's channels:
+            a model with 4 sees the transparency, one with 5 or more takes tensors alone.
         batch_size: Pictures per batch.
         num_workers: Processes that read and transform.
         device: Where to compute; ``None`` for where the model is.
@@ -73,17 +76,17 @@ def predict(
         One prediction per picture, in the order given; a folder's pictures are sorted.
 
     Raises:
-        DataError: A path does not exist, or there is no picture.
+        DataError: A path does not exist, there is no picture, or it does not have the model's channels.
         PictureError: A picture cannot be read.
     """
     if device is not None:
         model.to(device)
     device = next(model.parameters()).device
-    items = [pictures] if isinstance(pictures, str | os.PathLike | Image.Image) else list(pictures)
+    items = [pictures] if isinstance(pictures, str | os.PathLike | Image.Image | Tensor) else list(pictures)
     paths: list[str | None] = []
-    images: list[str | Image.Image] = []
+    images: list[str | Image.Image | Tensor] = []
     for item in items:
-        if isinstance(item, Image.Image):
+        if isinstance(item, Image.Image | Tensor):
             paths.append(None)
             images.append(item)
         else:
@@ -112,18 +115,21 @@ def predict(
     ]
 
 
+@dataclass(frozen=True, eq=False)
 class _Unlabelled:
-    """A source of files and PIL images, all of label 0."""
+    """A source of files and pictures in memory, all of label 0."""
 
-    def __init__(self, images: Sequence[str | Image.Image]) -> None:
-        self.images = images
+    images: Sequence[str | Image.Image | Tensor]
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         image = self.images[index]
-        return (read_picture(image) if isinstance(image, str) else as_picture(image)), 0
+        if isinstance(image, str):
+            return read_picture(image, channels=self.channels), 0
+        return as_picture(image, channels=self.channels), 0
 
     def labels(self) -> list[int]:
         return [0] * len(self.images)
@@ -131,3 +137,6 @@ class _Unlabelled:
     def name(self, index: int) -> str:
         image = self.images[index]
         return image if isinstance(image, str) else f"image {index}"
+
+    def with_channels(self, channels: int) -> Self:
+        return replace(self, channels=channels)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from torchvision.datasets import DatasetFolder, ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from transferkit.exceptions import DataError
-from transferkit.pictures import as_picture, read_picture
+from transferkit.pictures import as_picture, check_file_channels, read_picture
 
 __all__ = [
     "DatasetPictures",
@@ -37,13 +37,19 @@ class LabelledPictures(Protocol):
         """Count the pictures."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
-        """Return picture ``index``, upright RGB, as a PIL image or a tensor (3, H, W), and its label."""
+        """Return picture ``index``, upright, as a PIL image or a tensor (C, H, W), and its label.
+
+        It is RGB, or has the channels asked for by :meth:`with_channels`.
+        """
 
     def labels(self) -> list[int]:
         """Return every label in order, without decoding pictures where that is possible."""
 
     def name(self, index: int) -> str:
         """Say which picture ``index`` is: its path where it has one."""
+
+    def with_channels(self, channels: int) -> LabelledPictures:
+        """Return the same pictures for a network that takes so many channels; see ``as_picture`` for what they are."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class PictureFiles:
 
     Args:
         pictures: The files and their labels.
+        channels: What the network takes: 1, 3 or 4 (see :func:`transferkit.pictures.read_picture`).
+
+    Raises:
+        DataError: ``channels`` is none of these.
 
     Example:
         >>> PictureFiles([Picture("cats/1.jpg", 0), Picture("dogs/1.jpg", 1)]).labels()
@@ -72,15 +82,20 @@ class PictureFiles:
     """
 
     pictures: Sequence[Picture]
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse at once what no file has."""
+        check_file_channels(self.channels)
 
     def __len__(self) -> int:
         """Count the files."""
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return picture ``index``, upright RGB, and its label; an unreadable file raises ``PictureError``."""
+        """Return picture ``index``, upright RGB or RGBA, and its label; an unreadable file raises ``PictureError``."""
         picture = self.pictures[index]
-        return read_picture(picture.path), picture.label
+        return read_picture(picture.path, channels=self.channels), picture.label
 
     def labels(self) -> list[int]:
         """Return every label in order; no file is opened."""
@@ -89,6 +104,10 @@ class PictureFiles:
     def name(self, index: int) -> str:
         """Return the path of picture ``index``."""
         return self.pictures[index].path
+
+    def with_channels(self, channels: int) -> Self:
+        """Return the same files for a network that takes 1, 3 or 4 channels; another number raises ``DataError``."""
+        return self if channels == self.channels else replace(self, channels=channels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +118,7 @@ class DatasetPictures:
         dataset: Its images are PIL, uint8 arrays, or uint8 or float tensors (see
             :func:`transferkit.pictures.as_picture`); its labels whole numbers.
         label_map: The data set's label ``i`` becomes ``label_map[i]``.
+        channels: What the network takes; other numbers than 1, 3 and 4 need tensors, or arrays, that have them.
 
     Example:
         >>> source = DatasetPictures([(Image.new("L", (4, 2)), 1)], label_map=(1, 0))
@@ -108,16 +128,17 @@ class DatasetPictures:
 
     dataset: Any
     label_map: tuple[int, ...]
+    channels: int = 3
 
     def __len__(self) -> int:
         """Count the pairs."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
-        """Return picture ``index``, upright RGB, and its label; a pair that is neither raises ``DataError``."""
+        """Return picture ``index``, upright, and its label; a pair that is neither raises ``DataError``."""
         image, label = _pair(self.dataset, index)
         try:
-            picture = as_picture(image)
+            picture = as_picture(image, channels=self.channels)
         except DataError as error:
             raise DataError(f"{self.name(index)}: {error}") from error
         return picture, self._mapped(label, index)
@@ -129,6 +150,10 @@ class DatasetPictures:
     def name(self, index: int) -> str:
         """Return the path of picture ``index`` where the data set knows it, else its number."""
         return _name(self.dataset, index)
+
+    def with_channels(self, channels: int) -> Self:
+        """Return the same data set for a network that takes so many channels."""
+        return self if channels == self.channels else replace(self, channels=channels)
 
     @cached_property
     def _labels(self) -> list[int]:

@@ -233,7 +233,7 @@ class Trainer:
                 images, targets = self._mix(images, labels)
             self._call("on_train_batch_start")
             with nullcontext() if last else self.accelerator.no_sync(wrapped):
-                loss = self.loss_function(wrapped(images), targets)
+                loss = self.model.loss(wrapped(images), targets, self.loss_function)
                 self.accelerator.backward(loss * share)
             if last:
                 if self.clip_grad_norm is not None:

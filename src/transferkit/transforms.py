@@ -1,8 +1,12 @@
 """Pictures to network input: torchvision v2 pipelines, each a function of the backbone's preprocessing.
 
 Every pipeline takes one upright RGB picture (PIL, or a uint8 tensor (3, H, W), or a float one in [0, 1]) and returns a
-float32 tensor (C, size, size), normalised with the preprocessing's mean and std. With one value in ``mean`` the picture
-becomes greyscale first.
+float32 tensor (C, size, size), normalised with the preprocessing's mean and std.
+
+C is the number of values in ``mean``, which the pipeline tells as ``channels``, so that pictures are read in them. With
+one the picture becomes greyscale first. With 4 it is RGBA (PIL, or a tensor), with any other number a tensor of exactly
+these channels: what moves or resizes moves and resizes all of them, each on its own, and what changes colours changes
+the first three, which count as RGB.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from transferkit.exceptions import SettingError, closest
 from transferkit.preprocessing import Preprocessing
+from transferkit.transform_steps import OnColours, PadToSquare, ToTensor, TrivialAugment
 
 __all__ = [
     "CIFAR10_PREPROCESSING",
@@ -37,21 +42,21 @@ __all__ = [
 
 Transform = Callable[[Any], Tensor]
 
+# TrivialAugment's names of the changes that move pixels, or do nothing.
 CIFAR10_PREPROCESSING = Preprocessing(
     size=32, resize_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
 )
 
 
 class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
-    """A ``v2.Compose`` that prints its preset's name and one short line per step."""
+    """A ``v2.Compose`` that prints its preset's name and one short line per step, and knows its channels."""
 
     def __init__(self, name: str, preprocessing: Preprocessing, steps: Sequence[nn.Module]) -> None:
-        channels = len(preprocessing.mean)
-        if channels not in (1, 3):
-            raise SettingError(f"pictures have 1 or 3 channels, preprocessing has {channels}; change its mean and std")
+        channels = preprocessing.channels
+        to_channels = {1: [v2.Grayscale(1)], 3: []}.get(channels, [ToTensor(channels)])
         super().__init__(
             [
-                *([v2.Grayscale(1)] if channels == 1 else []),
+                *to_channels,
                 *steps,
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
@@ -59,6 +64,7 @@ class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
             ]
         )
         self.name = name
+        self.channels = channels
 
     def __repr__(self) -> str:
         text = "\n".join([f"{self.name}(", *(f"  {step}" for step in self.transforms), ")"])
@@ -86,7 +92,7 @@ def imagenet_train(preprocessing: Preprocessing) -> v2.Compose:
 
 
 def imagenet_eval(preprocessing: Preprocessing) -> v2.Compose:
-    """Resize and cut the centre (``crop="center"``), or squeeze into a square (``crop="squash"``); nothing random.
+    """Resize and cut the centre, or squeeze or border the picture, as the preprocessing says; nothing random.
 
     Args:
         preprocessing: Size, crop, interpolation, mean and std of the network's weights.
@@ -124,7 +130,7 @@ def cifar_train(preprocessing: Preprocessing, *, jitter: float = 0.0, rotation: 
         A transform from a picture to a float32 tensor (C, size, size), normalised.
 
     Raises:
-        SettingError: ``jitter`` or ``rotation`` is outside its range.
+        SettingError: ``jitter`` or ``rotation`` is outside its range, or ``jitter`` is asked of 2 channels.
 
     Source: He et al. 2016, "Deep residual learning for image recognition", §4.2.
 
@@ -141,7 +147,7 @@ def cifar_train(preprocessing: Preprocessing, *, jitter: float = 0.0, rotation: 
         *_to_32_pixels(preprocessing),
         v2.RandomCrop(32, padding=4),
         v2.RandomHorizontalFlip(),
-        *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
+        *([_on_colours(v2.ColorJitter(jitter, jitter, jitter), preprocessing)] if jitter else []),
         *([v2.RandomRotation(rotation, interpolation=InterpolationMode.BILINEAR)] if rotation else []),
         *_from_32_pixels(preprocessing),
     ]
@@ -198,6 +204,9 @@ def trivial_augment(preprocessing: Preprocessing) -> v2.Compose:
     Returns:
         A transform from a picture to a float32 tensor (C, size, size), normalised.
 
+    Raises:
+        SettingError: The preprocessing has 2 channels, which have no colours to change.
+
     Source: Müller & Hutter 2021, "TrivialAugment"; torchvision ``TrivialAugmentWide``.
 
     Example:
@@ -205,8 +214,10 @@ def trivial_augment(preprocessing: Preprocessing) -> v2.Compose:
         >>> trivial_augment(Preprocessing(size=24, resize_size=28))(Image.new("RGB", (40, 30))).shape
         torch.Size([3, 24, 24])
     """
+    _check_colours(preprocessing)
+    kind = v2.TrivialAugmentWide if preprocessing.channels in (1, 3) else TrivialAugment
     # Tensors cannot be turned or sheared bicubically.
-    change = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+    change = kind(interpolation=InterpolationMode.BILINEAR)
     return _Preset("trivial_augment", preprocessing, [*_random_crop_and_flip(preprocessing), change])
 
 
@@ -302,7 +313,7 @@ def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
         >>> denormalize(torch.zeros(3, 1, 1), Preprocessing()).flatten()
         tensor([0.4850, 0.4560, 0.4060])
     """
-    channels = len(preprocessing.mean)
+    channels = preprocessing.channels
     if images.ndim not in (3, 4) or images.shape[-3] != channels:
         raise SettingError(
             f"images have shape {tuple(images.shape)}; give ({channels}, H, W) or (B, {channels}, H, W), "
@@ -330,10 +341,26 @@ def _random_crop_and_flip(preprocessing: Preprocessing, *, smallest: float = 0.0
     return [crop, v2.RandomHorizontalFlip()]
 
 
+def _on_colours(change: nn.Module, preprocessing: Preprocessing) -> nn.Module:
+    _check_colours(preprocessing)
+    return change if preprocessing.channels in (1, 3) else OnColours(change)
+
+
+def _check_colours(preprocessing: Preprocessing) -> None:
+    if preprocessing.channels == 2:
+        raise SettingError("2 channels have no colours to change; choose the transform light, which changes none")
+
+
 def _resize(preprocessing: Preprocessing) -> list[nn.Module]:
+    size, resize_size = preprocessing.size, preprocessing.resize_size
     if preprocessing.crop == "squash":
-        return [_resize_to((preprocessing.size, preprocessing.size), preprocessing)]
-    return [_resize_to(preprocessing.resize_size, preprocessing), v2.CenterCrop(preprocessing.size)]
+        squeeze = _resize_to((resize_size, resize_size), preprocessing)
+        return [squeeze, *([] if size == resize_size else [v2.CenterCrop(size)])]
+    if preprocessing.crop == "border":
+        interpolation = InterpolationMode(preprocessing.interpolation)
+        longest = v2.Resize(None, max_size=resize_size, interpolation=interpolation, antialias=True)
+        return [longest, PadToSquare(size, preprocessing.mean)]
+    return [_resize_to(resize_size, preprocessing), v2.CenterCrop(size)]
 
 
 def _to_32_pixels(preprocessing: Preprocessing) -> list[nn.Module]:

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,18 @@ from torch import nn
 
 from transferkit.backbones import _timm, _torchvision
 from transferkit.backbones._base import Backbone
-from transferkit.exceptions import SettingError, TransferkitError, UnknownModelError
-from transferkit.preprocessing import Preprocessing
+from transferkit.backbones.stem import change_stem, describe, plan_stem, stem_arguments
+from transferkit.exceptions import SettingError, UnknownModelError
 
-__all__ = ["ModelInfo", "adopt_module", "build_network", "list_models", "load_backbone", "model_info", "resolve_name"]
+__all__ = ["ModelInfo", "build_network", "list_models", "load_backbone", "model_info", "resolve_name"]
 
 logger = logging.getLogger("transferkit")
+
+WEIGHTS_FILES = (".pth", ".pt", ".th", ".bin", ".safetensors")
+"""What tells a file's name in the working directory from a tag."""
+
+_SMALL = 32
+"""Side of the pictures of CIFAR, in pixels."""
 
 _LIBRARIES: dict[str, Any] = {"torchvision": _torchvision, "timm": _timm}
 
@@ -87,7 +94,13 @@ def resolve_name(name: str) -> tuple[str, str]:
 
 
 def load_backbone(
-    name: str, *, weights: str | os.PathLike[str] | None = "default", image_size: int | None = None
+    name: str,
+    *,
+    weights: str | os.PathLike[str] | None = "default",
+    image_size: int | None = None,
+    in_chans: int = 3,
+    aux: str = "drop",
+    small_images: str = "upsample",
 ) -> Backbone:
     """Build a network by name, with its own head still on.
 
@@ -96,22 +109,53 @@ def load_backbone(
         weights: ``"default"``; a tag or enum name; ``"bundled"`` for ``timm/mobilenetv2_050``; a path to a local
             state dict (``.pth`` or ``.safetensors``); ``None`` for random weights.
         image_size: Input side in pixels, or ``None`` for the size the weights were trained at.
+        in_chans: Channels of the pictures; pretrained kernels are summed for 1 and repeated for more than 3.
+        aux: What becomes of auxiliary classifiers (GoogLeNet, Inception v3): ``"train"`` or ``"drop"``.
+        small_images: ``"upsample"`` leaves the network alone and enlarges small pictures to its size; ``"stem"`` adapts
+            its stem, with its weights, so that they keep their resolution (32 px unless ``image_size`` says otherwise).
 
     Raises:
         UnknownModelError: No such model.
         WeightsError: The weights do not exist, cannot be read, or do not fit.
-        SettingError: The network cannot take pictures of ``image_size``.
+        SettingError: A value is outside its range, or the network cannot take such pictures.
     """
+    if in_chans < 1:
+        raise SettingError(f"in_chans must be 1 or more channels, got {in_chans}; photographs have 3, greys 1")
+    if aux not in ("train", "drop"):
+        raise SettingError(f"aux={aux!r}; it can be 'train' or 'drop'")
+    if small_images not in ("upsample", "stem"):
+        raise SettingError(f"small_images={small_images!r}; it can be 'upsample' or 'stem'")
     library, architecture = resolve_name(name)
+    options: dict[str, Any] = {}
+    if small_images == "stem":
+        image_size = _SMALL if image_size is None else image_size
+        options = stem_arguments(f"{library}/{architecture}", size=image_size)
     chosen = Path(weights) if weights is not None and _is_path(weights) else weights
-    backbone: Backbone = _LIBRARIES[library].load(architecture, weights=chosen, image_size=image_size)
+    backbone: Backbone = _LIBRARIES[library].load(
+        architecture, weights=chosen, image_size=image_size, in_chans=in_chans, aux=aux == "train", options=options
+    )
+    if small_images == "stem":
+        backbone = _with_small_stem(backbone, options)
     logger.debug("%s with %s", backbone.name, backbone.weights or "random weights")
     return backbone
 
 
+def _with_small_stem(backbone: Backbone, options: dict[str, Any]) -> Backbone:
+    """Adapt the stem of a network that was built with ``options``, and say what was done."""
+    preprocessing = backbone.preprocessing
+    changes = plan_stem(backbone.network, channels=preprocessing.channels, size=preprocessing.size)
+    change_stem(backbone.network, changes)
+    done = [f"{key}={value}" for key, value in options.items()] + ([describe(changes)] if changes else [])
+    logger.info(
+        "%s for %d-px pictures: %s", backbone.name, preprocessing.size, ", ".join(done) or "its stem stays as it is"
+    )
+    # Small pictures are seen whole: there are no margins to cut away.
+    return replace(backbone, preprocessing=replace(preprocessing, resize_size=preprocessing.size), stem=changes)
+
+
 def _is_path(weights: str | os.PathLike[str]) -> bool:
     text = os.fspath(weights)
-    return not isinstance(weights, str) or "/" in text or os.sep in text or text.endswith((".pth", ".safetensors"))
+    return not isinstance(weights, str) or "/" in text or os.sep in text or text.endswith(WEIGHTS_FILES)
 
 
 def build_network(name: str, *, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
@@ -123,55 +167,3 @@ def build_network(name: str, *, num_classes: int, arguments: dict[str, Any]) -> 
     library, architecture = resolve_name(name)
     network: nn.Module = _LIBRARIES[library].build(architecture, num_classes=num_classes, arguments=arguments)
     return network
-
-
-def adopt_module(network: nn.Module, *, head: str | None, preprocessing: Preprocessing | None) -> Backbone:
-    """Take a classifier that the user built, with whatever weights it has.
-
-    Args:
-        network: Any classifier; torchvision and timm instances bring their own metadata.
-        head: Dotted name of the classification layer; ``None`` for the one timm states, else the last
-            ``nn.Linear`` (or ``nn.Conv2d``, where there is no linear layer).
-        preprocessing: How pictures are prepared; ``None`` for timm's metadata, else ImageNet's.
-
-    Raises:
-        SettingError: No such layer, or none that can be replaced.
-    """
-    modules = dict(network.named_modules())
-    paths: tuple[str, ...]
-    if head is not None:
-        if not isinstance(modules.get(head), nn.Linear | nn.Conv2d):
-            raise SettingError(
-                f"head={head!r} is no nn.Linear or nn.Conv2d of {type(network).__name__}{_nearest_layer(head, network)}"
-            )
-        paths = (head,)
-    else:
-        try:
-            paths = _timm.find_head_paths(network)
-        except TransferkitError:
-            paths = _last_layer(network)
-    if preprocessing is None:
-        if hasattr(network, "pretrained_cfg"):
-            preprocessing = _timm.preprocessing_of(network)
-        else:
-            preprocessing = Preprocessing()
-            logger.warning(
-                "%s does not say how its pictures are prepared; ImageNet's statistics at 224 px are used — "
-                "pass preprocessing=Preprocessing(...) if its weights expect others",
-                type(network).__name__,
-            )
-    return Backbone(f"module/{type(network).__name__}", network, paths, preprocessing, "the module's own")
-
-
-def _last_layer(network: nn.Module) -> tuple[str, ...]:
-    for kind in (nn.Linear, nn.Conv2d):
-        found = [path for path, module in network.named_modules() if isinstance(module, kind) and path]
-        if found:
-            return (found[-1],)
-    raise SettingError(f"{type(network).__name__} has no nn.Linear or nn.Conv2d that could be its head")
-
-
-def _nearest_layer(path: str, network: nn.Module) -> str:
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    near = difflib.get_close_matches(path, layers, n=2)
-    return f" — did you mean {' or '.join(map(repr, near or layers[-2:]))}?"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["StageNames", "split_into_stages"]
+__all__ = ["StageNames", "run_twin", "split_into_stages"]
 
 logger = logging.getLogger("transferkit")
 
@@ -175,9 +175,13 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 class _Clock(TorchFunctionMode):
     """Notes at which tick each watched tensor is first handed to a torch function."""
 
-    def __init__(self, watched: dict[int, int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.watched = watched
+        self.watch([], [])
+
+    def watch(self, tensors: list[Tensor], originals: list[Tensor]) -> None:
+        """Start again: note the first use of each tensor under the identity of its original."""
+        self.watched = {id(tensor): id(original) for tensor, original in zip(tensors, originals, strict=True)}
         self.first: dict[int, int] = {}
         self.tick = 0
 
@@ -196,34 +200,32 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
     A network that cannot run on made input (its arithmetic reads values, or it wants another input) keeps the order
     in which its modules were declared.
     """
-    dtype = next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.float32)
-    for device in ("meta", "cpu"):
-        try:
-            probe, watched = _twin(network, device)
-            clock = _Clock(watched)
+    clock = _Clock()
 
-            def note_start(unit: _Unit, clock: _Clock = clock) -> None:
-                if unit.start < 0:
-                    clock.tick += 1
-                    unit.start = clock.tick
+    def watch(probe: nn.Module) -> None:
+        clock.watch(_own_tensors(probe), _own_tensors(network))
+        for unit in units:
+            unit.start, unit.shape = -1, ()
+            twin = probe.get_submodule(unit.path)
+            twin.register_forward_pre_hook(lambda module, inputs, unit=unit: note_start(unit))
+            twin.register_forward_hook(lambda module, inputs, output, unit=unit: note_shape(unit, output))
 
-            def note_shape(unit: _Unit, output: Any) -> None:
-                shapes = [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-                if shapes and not unit.shape:
-                    unit.shape = shapes[0]
+    def note_start(unit: _Unit) -> None:
+        if unit.start < 0:
+            clock.tick += 1
+            unit.start = clock.tick
 
-            for unit in units:
-                twin = probe.get_submodule(unit.path)
-                twin.register_forward_pre_hook(lambda module, args, unit=unit: note_start(unit))
-                twin.register_forward_hook(lambda module, args, output, unit=unit: note_shape(unit, output))
-            # A real run may draw random numbers, in eval mode too.
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), clock:
-                probe(torch.zeros(1, channels, size, size, device=device, dtype=dtype))
-            return clock.first
-        except Exception as error:  # whatever the network raises, its order is still known from its declaration
-            reason = error
-            for unit in units:
-                unit.start, unit.shape = -1, ()
+    def note_shape(unit: _Unit, output: Any) -> None:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if shapes and not unit.shape:
+            unit.shape = shapes[0]
+
+    with clock:
+        _, reason = run_twin(network, watch, channels=channels, size=size)
+    if reason is None:
+        return clock.first
+    for unit in units:
+        unit.start, unit.shape = -1, ()
     logger.warning(
         "%s could not run on a made %d-px picture (%s); its stages follow the order of declaration",
         type(network).__name__,
@@ -233,16 +235,43 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
     return {}
 
 
-def _twin(network: nn.Module, device: str) -> tuple[nn.Module, dict[int, int]]:
-    """Copy a network, without its values for ``meta``; also maps each copied tensor's identity to the original's."""
+def run_twin(
+    network: nn.Module, watch: Callable[[nn.Module], None], *, channels: int, size: int
+) -> tuple[Any, Exception | None]:
+    """Run a copy of a network on a made picture in eval mode: without values (``meta``), else on the CPU.
+
+    Args:
+        network: Left as it is.
+        watch: Called with each copy before it runs, to put hooks on it.
+        channels: Channels of the picture.
+        size: Its side in pixels.
+
+    Returns:
+        What the network returned and ``None``, or ``None`` and what it raised on the CPU.
+    """
+    dtype = next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.float32)
+    reason: Exception | None = None
+    for device in ("meta", "cpu"):
+        try:
+            probe = _twin(network, device)
+            watch(probe)
+            # A real run may draw random numbers, in eval mode too.
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                return probe(torch.zeros(1, channels, size, size, device=device, dtype=dtype)), None
+        except Exception as error:  # networks raise whatever they like
+            reason = error
+    return None, reason
+
+
+def _twin(network: nn.Module, device: str) -> nn.Module:
+    """Copy a network, without its values for ``meta``."""
     tensors = _own_tensors(network)
     memo: dict[int, Any] = {}
     if device == "meta":
         for tensor in tensors:
             empty = torch.empty_like(tensor, device="meta")
             memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-    probe = copy.deepcopy(network, memo).eval()
-    return probe, {id(twin): id(tensor) for twin, tensor in zip(_own_tensors(probe), tensors, strict=True)}
+    return copy.deepcopy(network, memo).eval()
 
 
 def _order(units: list[_Unit], clock: dict[int, int]) -> None:
@@ -263,7 +292,8 @@ def _group(units: list[_Unit]) -> list[_Stage]:
         stem.units.append(rest.pop(0))
     stages = _by_resolution(rest)
     blocks = [unit for unit in rest if unit.is_block]
-    of_tokens = all(len(unit.shape) == 3 for unit in blocks)
+    # A block that pools the tokens by attention comes last and leaves one vector.
+    of_tokens = all(len(unit.shape) == 3 for unit in blocks if len(unit.shape) != 2)
     isotropic = sum(any(unit.is_block for unit in stage) for stage in stages) == 1
     if len(blocks) > 1 and (of_tokens or isotropic):
         stages = _by_block(rest)

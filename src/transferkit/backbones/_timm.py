@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from transferkit.backbones._base import UNREADABLE, Backbone, fit_state_dict, read_state_dict
+from transferkit.backbones._base import Backbone
+from transferkit.backbones._state_dict import UNREADABLE, read_state_dict
+from transferkit.backbones._weights import fit_state_dict
 from transferkit.exceptions import SettingError, WeightsError, closest
 from transferkit.preprocessing import Preprocessing
 
@@ -26,6 +28,7 @@ __all__ = [
     "list_names",
     "load",
     "model_info",
+    "preprocessing_from",
     "preprocessing_of",
 ]
 
@@ -43,7 +46,7 @@ def list_names() -> tuple[str, ...]:
 
 
 def find_head_paths(network: nn.Module) -> tuple[str, ...]:
-    """Return the dotted names of the classification layers, as timm's metadata states them.
+    """Return the dotted names of the classification layers, as timm's metadata and ``get_classifier`` state them.
 
     Raises:
         SettingError: The network has no classification layer that can be replaced.
@@ -53,23 +56,44 @@ def find_head_paths(network: nn.Module) -> tuple[str, ...]:
     modules = dict(network.named_modules())
     if not paths or not all(isinstance(modules.get(path), nn.Linear | nn.Conv2d) for path in paths):
         raise SettingError(
-            f"timm's {type(network).__name__} states no linear or convolutional classifier "
-            f"(it states {stated!r}), so its head cannot be replaced"
+            f"timm's {type(network).__name__} has no linear or convolutional classifier (it states {stated!r}), so it "
+            "is an encoder without a head to replace; choose another with `transferkit models PATTERN`"
         )
-    return paths
+    # The metadata of some distilled networks (LeViT's stride-8 ones) names one head of the two that are there.
+    classes = _outputs(modules[paths[0]])
+    get_classifier: Callable[[], Any] = network.get_classifier  # type: ignore[assignment]
+    classifiers = get_classifier()
+    inner = {
+        id(layer)
+        for classifier in (classifiers if isinstance(classifiers, tuple) else (classifiers,))
+        for layer in classifier.modules()
+        if _outputs(layer) == classes
+    }
+    return (*paths, *(path for path, module in modules.items() if id(module) in inner and path not in paths))
+
+
+def _outputs(layer: nn.Module) -> int | None:
+    size: int | None = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+    return size
 
 
 def preprocessing_of(network: nn.Module) -> Preprocessing:
     """Read the preprocessing that timm resolves for the network's weights."""
-    config = resolve_data_config({}, model=network)
-    size = int(config["input_size"][-1])
+    return preprocessing_from(network.pretrained_cfg)  # type: ignore[arg-type]  # a dict on every timm network
+
+
+def preprocessing_from(config: Mapping[str, Any]) -> Preprocessing:
+    """Read the preprocessing that timm resolves from the metadata of weights; of an oblong input the width counts."""
+    resolved = resolve_data_config({}, pretrained_cfg=config)
+    size = int(resolved["input_size"][-1])
+    interpolation, crop = resolved["interpolation"], resolved["crop_mode"]
     return Preprocessing(
         size=size,
-        resize_size=max(size, math.floor(size / config["crop_pct"])),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"] if config["interpolation"] in ("nearest", "bilinear") else "bicubic",
-        crop="squash" if config["crop_mode"] == "squash" else "center",
+        resize_size=max(size, math.floor(size / resolved["crop_pct"])),
+        mean=tuple(resolved["mean"]),
+        std=tuple(resolved["std"]),
+        interpolation=interpolation if interpolation in ("nearest", "bilinear") else "bicubic",
+        crop=crop if crop in ("squash", "border") else "center",
     )
 
 
@@ -86,17 +110,28 @@ def _create(name: str, *, pretrained: bool, num_classes: int, arguments: Mapping
     return network
 
 
-def load(architecture: str, *, weights: str | Path | None, image_size: int | None) -> Backbone:
+def load(
+    architecture: str,
+    *,
+    weights: str | Path | None,
+    image_size: int | None = None,
+    in_chans: int = 3,
+    aux: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Backbone:
     """Build ``architecture`` with pretrained weights; its own head is there to be replaced.
 
     Args:
         architecture: A timm name, with a tag or without: ``"convnext_atto"`` or ``"convnext_atto.d2_in1k"``.
         weights: ``"default"`` (the name's tag, or timm's first), ``"bundled"``, another tag, a path, or ``None``.
         image_size: Input side in pixels where it differs from the weights', or ``None``.
+        in_chans: Channels of the pictures.
+        aux: Of no effect: timm builds its networks without auxiliary classifiers.
+        options: More keyword arguments for the native builder.
 
     Raises:
         WeightsError: The weights do not exist, cannot be downloaded, or do not fit.
-        SettingError: The network has no classifier, or cannot take pictures of ``image_size``.
+        SettingError: The network has no classifier, or cannot take pictures of ``image_size`` or ``in_chans``.
     """
     bare, _, tag = architecture.partition(".")
     arguments: dict[str, Any] = {}
@@ -105,6 +140,9 @@ def load(architecture: str, *, weights: str | Path | None, image_size: int | Non
     config = _config(bare, tag)
     if image_size is not None and config is not None and config.fixed_input_size:
         arguments["img_size"] = image_size
+    if in_chans != 3:
+        arguments["in_chans"] = in_chans
+    arguments |= options or {}
     name = f"{bare}.{tag}" if tag else bare
     described: str | None = None
     if weights == "default":
@@ -124,7 +162,7 @@ def load(architecture: str, *, weights: str | Path | None, image_size: int | Non
         fit_state_dict(network, read_state_dict(weights), head_paths=head_paths, source=described)
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)
-    return Backbone(f"timm/{name}", network, head_paths, preprocessing, described, arguments)
+    return Backbone(f"timm/{name}", network, head_paths, preprocessing.with_channels(in_chans), described, arguments)
 
 
 def _config(bare: str, tag: str) -> Any:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+from torchvision.models import GoogLeNet, Inception3
 
-from transferkit.backbones._base import UNREADABLE, Backbone, fit_state_dict, read_state_dict
+from transferkit.backbones._base import Backbone
+from transferkit.backbones._channels import change_channels
+from transferkit.backbones._state_dict import UNREADABLE, read_state_dict
+from transferkit.backbones._weights import fit_state_dict
 from transferkit.exceptions import SettingError, WeightsError, closest
 from transferkit.preprocessing import Preprocessing
 
-__all__ = ["build", "find_head_paths", "list_names", "load", "model_info"]
+__all__ = ["auxiliary", "build", "find_head_paths", "list_names", "load", "model_info"]
 
 _IMAGENET_CLASSES = 1000
 _VIT_SIZE = 224
 
-# Auxiliary classifiers are left out: without them both networks have one head and one output. Their pretrained
-# weights expect the re-normalisation that transform_input does inside the network.
-_BUILDER_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "googlenet": {"aux_logits": False, "transform_input": True},
-    "inception_v3": {"aux_logits": False, "transform_input": True},
-}
+# The names of their auxiliary classifiers and the weight of each one's loss: Szegedy et al. 2015 §5, and torchvision's
+# and the fine-tuning tutorials' custom for the other.
+_AUXILIARY = {"googlenet": (("aux1", "aux2"), 0.3), "inception_v3": (("AuxLogits",), 0.4)}
 
 
 @cache
@@ -63,29 +63,58 @@ def _entry(architecture: str, weights: str) -> Any:
     return known[weights]
 
 
-def find_head_paths(network: nn.Module) -> tuple[str, ...]:
-    """Return the dotted name of the classification layer, the one layer with as many outputs as ImageNet classes."""
-    return tuple(
+def find_head_paths(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the dotted names of the classification layers and of the auxiliary ones.
+
+    They are the layers with as many outputs as ImageNet has classes.
+    """
+    paths = [
         path
         for path, module in network.named_modules()
         if _IMAGENET_CLASSES in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
-    )
+    ]
+    auxiliary = tuple(path for path in paths if _is_auxiliary(path))
+    return tuple(path for path in paths if path not in auxiliary), auxiliary
+
+
+def auxiliary(network: nn.Module) -> tuple[tuple[str, ...], float]:
+    """Return the auxiliary classification layers of a network that is there already, and the weight of their losses."""
+    for kind, architecture, layer in ((GoogLeNet, "googlenet", "fc2"), (Inception3, "inception_v3", "fc")):
+        if isinstance(network, kind) and network.aux_logits:
+            modules, weight = _AUXILIARY[architecture]
+            return tuple(f"{module}.{layer}" for module in modules), weight
+    return (), 0.0
+
+
+def _is_auxiliary(key: str) -> bool:
+    return any(key.partition(".")[0] in modules for modules, _ in _AUXILIARY.values())
 
 
 def build(architecture: str, *, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
     """Build the native network with random weights and ``num_classes`` outputs; downloads nothing."""
-    extra = {"init_weights": False} if architecture in _BUILDER_ARGUMENTS else {}
+    extra = {"init_weights": False} if architecture in _AUXILIARY else {}
     network: nn.Module = models.get_model(architecture, weights=None, num_classes=num_classes, **arguments, **extra)
     return network
 
 
-def load(architecture: str, *, weights: str | Path | None, image_size: int | None) -> Backbone:
+def load(
+    architecture: str,
+    *,
+    weights: str | Path | None,
+    image_size: int | None = None,
+    in_chans: int = 3,
+    aux: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Backbone:
     """Build ``architecture`` with pretrained weights; its own head is there to be replaced.
 
     Args:
         architecture: One of :func:`list_names`.
         weights: ``"default"``, an enum member's name such as ``"IMAGENET1K_V2"``, a path, or ``None``.
         image_size: Input side in pixels where it differs from the weights', or ``None``.
+        in_chans: Channels of the pictures.
+        aux: Whether auxiliary classifiers are kept, where the architecture has any.
+        options: More keyword arguments for the native builder.
 
     Raises:
         WeightsError: The weights do not exist, cannot be downloaded, or do not fit.
@@ -95,22 +124,42 @@ def load(architecture: str, *, weights: str | Path | None, image_size: int | Non
     preprocessing = _preset(architecture, entry)
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)
-    arguments = dict(_BUILDER_ARGUMENTS.get(architecture, {}))
+    arguments: dict[str, Any] = {}
+    aux_weight = 0.0
+    if architecture in _AUXILIARY:
+        # Their pretrained weights expect pixels from -1 to 1: the network turns ImageNet's normalisation into that,
+        # which it can do for three channels only.
+        arguments = {"aux_logits": aux, "transform_input": in_chans == 3}
+        aux_weight = _AUXILIARY[architecture][1] if aux else 0.0
+        if in_chans != 3:
+            preprocessing = replace(preprocessing, mean=(0.5,) * 3, std=(0.5,) * 3)
     if architecture.startswith("vit_") and preprocessing.size != _VIT_SIZE:
         arguments["image_size"] = preprocessing.size
+    arguments |= options or {}
     try:
         network = build(architecture, num_classes=_IMAGENET_CLASSES, arguments=arguments)
     except AssertionError as error:  # torchvision asserts that the size is a multiple of the patch
         raise SettingError(f"torchvision/{architecture} cannot take {image_size}-px pictures: {error}") from error
-    head_paths = find_head_paths(network)
+    head_paths, aux_paths = find_head_paths(network)
     described = None
     if weights is not None:
         described = str(weights) if entry is None else str(entry)
         state = read_state_dict(Path(weights)) if entry is None else _download(architecture, entry)
-        if isinstance(network, VisionTransformer):
-            state = dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
-        fit_state_dict(network, state, head_paths=head_paths, source=described)
-    return Backbone(f"torchvision/{architecture}", network, head_paths, preprocessing, described, arguments)
+        if not aux:
+            state = {key: value for key, value in state.items() if not _is_auxiliary(key)}
+        fit_state_dict(network, state, head_paths=(*head_paths, *aux_paths), source=described)
+    if in_chans != 3:
+        change_channels(network, in_chans)
+    return Backbone(
+        f"torchvision/{architecture}",
+        network,
+        head_paths,
+        preprocessing.with_channels(in_chans),
+        described,
+        arguments,
+        aux_paths=aux_paths,
+        aux_weight=aux_weight,
+    )
 
 
 def _download(architecture: str, entry: Any) -> dict[str, Tensor]:
