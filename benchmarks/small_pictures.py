@@ -31,7 +31,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "upsample to 224 px": {"image_size": 224},
     "stem (32 px)": {"small_images": "stem"},
 }
-TRAIN, TEST, EPOCHS = 100, 50, 5  # pictures per class, and passes
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "everything, backbone lr 3e-4": {"policy": "full", "lr": 3e-3, "head_lr_multiplier": 10.0},
+}
+TRAIN, TEST, EPOCHS = 50, 50, 5  # pictures per class, and passes
 
 
 def pictures(assets: Path, folder: Path) -> PictureData:
@@ -85,21 +89,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("assets", type=Path)
     parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--only", default="", help="part of a network's name or of a way's")
+    parser.add_argument("--only", default="", help="part of 'NETWORK WAY RECIPE'")
     options = parser.parse_args()
     weights = {name: options.assets / "weights" / file for name, file in NETWORKS.items()}
     if options.speed:
         print("| network | pictures of 32 px | training, pictures/s | prediction, pictures/s |\n|---|---|---|---|")
         speed(weights)
         return
-    recipes = {"default": {}, "full, backbone lr 3e-4": {"policy": "full", "lr": 3e-3, "head_lr_multiplier": 10.0}}
     print("| network | pictures of 32 px | recipe | accuracy | s per run |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         data = pictures(options.assets, Path(folder))
         for name, file in weights.items():
             for label, way in WAYS.items():
-                for title, recipe in recipes.items():
-                    if options.only in f"{name} {label}":
+                for title, recipe in RECIPES.items():
+                    if options.only in f"{name} {label} {title}":
                         found = accuracy(data, name, file, way, recipe)
                         print(f"| {name} | {label} | {title} | {found} |", flush=True)
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from transferkit.model import TransferModel, create_model
+from transferkit.create import create_model
+from transferkit.model import TransferModel
 from transferkit.randomness import seeded
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 from transferkit.backbones import list_models, load_backbone, model_info, resolve_name
+from transferkit.checkpoint import load_artifact, save_artifact
+from transferkit.create import adapt, create_model
 from transferkit.exceptions import SettingError, UnknownModelError
-from transferkit.model import adapt, create_model
 from transferkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -260,3 +263,115 @@ def test_a_seed_decides_what_is_drawn_and_leaves_the_global_generator_alone() ->
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["classifier.1.weight"], other["classifier.1.weight"])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("timm/gemma4_vit_167m_enc", {}, "encoder without a head to replace; choose another"),
+        (
+            "torchvision/alexnet",
+            {"image_size": 16},
+            "AlexNet cannot take 16-px pictures of 3 channels .* another image_s",
+        ),
+        ("timm/maxvit_tiny_rw_224", {"image_size": 50}, "MaxxVit cannot take 50-px pictures"),
+        ("torchvision/inception_v3", {"image_size": 32}, "Inception3 cannot take 32-px pictures"),
+        ("torchvision/vit_b_16", {"image_size": 20}, "vit_b_16 cannot take 20-px pictures: Input shape indivisible"),
+        ("torchvision/resnet18", {"in_chans": 0}, "in_chans must be 1 or more channels, got 0"),
+        ("timm/resnet18", {"in_chans": -1}, "in_chans must be 1 or more channels, got -1"),
+        ("torchvision/resnet18", {"small_images": "enlarge"}, "small_images='enlarge'; it can be 'upsample' or 'stem'"),
+        ("timm/vit_tiny_patch16_224", {"small_images": "stem", "image_size": 4}, "too small for 8x8 tokens"),
+    ],
+)
+def test_what_a_network_cannot_take_is_said_before_it_is_trained(
+    name: str, settings: dict[str, Any], message: str
+) -> None:
+    with torch.device("meta"), pytest.raises(SettingError, match=message):
+        create_model(name, weights=None, num_classes=2, **settings)
+
+
+def test_preprocessing_that_contradicts_other_settings_is_refused() -> None:
+    small = Preprocessing(size=64, resize_size=64)
+    with pytest.raises(SettingError, match="image_size=32 and preprocessing for 64 contradict each other"):
+        create_model("squeezenet1_1", weights=None, num_classes=2, image_size=32, preprocessing=small)
+    with pytest.raises(SettingError, match="in_chans=1 and preprocessing for 3 contradict each other"):
+        create_model("squeezenet1_1", weights=None, num_classes=2, in_chans=1, preprocessing=small)
+
+
+def test_overriding_the_preprocessing_of_weights_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    torch.save(models.squeezenet1_1().state_dict(), tmp_path / "weights.pth")
+    own = Preprocessing(size=64, resize_size=64, mean=HALVES, std=HALVES)
+    settings = {"num_classes": 2, "preprocessing": own}
+    create_model("squeezenet1_1", weights=None, **settings)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    create_model("squeezenet1_1", weights=tmp_path / "weights.pth", **settings)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "is overridden: mean (0.5, 0.5, 0.5) instead of (0.485, 0.456, 0.406), std" in warning
+
+
+# --- channels and small pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 5])
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/test_resnet", "torchvision/googlenet"])
+def test_in_chans_adapts_network_and_preprocessing_together(name: str, in_chans: int, tmp_path: Path) -> None:
+    library, architecture = name.split("/")
+    options = {"init_weights": False} if architecture == "googlenet" else {}
+    native = models.get_model(architecture, **options) if library == "torchvision" else timm.create_model(architecture)
+    torch.save(native.state_dict(), tmp_path / "weights.pth")
+    model = create_model(name, weights=tmp_path / "weights.pth", num_classes=2, in_chans=in_chans, image_size=96)
+    assert model.preprocessing.channels == in_chans
+    first = next(module for module in native.modules() if isinstance(module, nn.Conv2d))
+    ours = next(module for module in model.network.modules() if isinstance(module, nn.Conv2d))
+    torch.testing.assert_close(ours.weight, timm.models.adapt_input_conv(in_chans, first.weight))
+    images = torch.randn(2, in_chans, 96, 96)
+    with torch.no_grad():
+        logits = model.eval()(images)
+    save_artifact(model, tmp_path / "saved")
+    again = load_artifact(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(images), logits)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    assert config["transferkit"]["native"] is (library == "timm")
+    assert config["pretrained_cfg"]["input_size"] == [in_chans, 96, 96]
+
+
+def test_googlenet_for_greys_expects_pixels_from_minus_one_to_one() -> None:
+    with torch.device("meta"):
+        model = create_model("torchvision/googlenet", weights=None, num_classes=2, in_chans=1)
+    assert (model.preprocessing.mean, model.preprocessing.std) == ((0.5,), (0.5,))
+    assert model.arguments == {"aux_logits": False, "transform_input": False}
+
+
+@pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "torchvision/vit_b_32", "timm/vit_tiny_patch16_224"])
+def test_a_small_stem_is_said_saved_and_rebuilt(name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with caplog.at_level(logging.INFO, logger="transferkit"):
+        model = create_model(name, weights=None, num_classes=2, small_images="stem").eval()
+    assert f"{name} for 32-px pictures: " in caplog.text
+    assert (model.preprocessing.size, model.preprocessing.resize_size) == (32, 32)
+    images = torch.randn(2, 3, 32, 32)
+    save_artifact(model, tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["transferkit"]
+    assert own["stem"] == [change.to_dict() for change in model.stem]
+    assert own["native"] is (not model.stem)
+    again = load_artifact(tmp_path)
+    assert again.stem == model.stem
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+
+
+def test_a_small_stem_keeps_pretrained_weights(tmp_path: Path) -> None:
+    native = models.resnet18()
+    torch.save(native.state_dict(), tmp_path / "weights.pth")
+    model = create_model("resnet18", weights=tmp_path / "weights.pth", num_classes=2, small_images="stem")
+    ours, theirs = model.network.state_dict(), native.state_dict()
+    assert {key for key in theirs if not torch.equal(ours[key], theirs[key])} == {
+        "conv1.weight",
+        "fc.weight",
+        "fc.bias",
+    }
+    assert ours["conv1.weight"].shape == (64, 3, 3, 3)
+    assert isinstance(model.network.maxpool, nn.Identity)

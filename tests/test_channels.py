@@ -8,8 +8,9 @@ import timm
 import torch
 from PIL import Image
 
+from transferkit.create import adapt
 from transferkit.exceptions import DataError
-from transferkit.model import TransferModel, adapt
+from transferkit.model import TransferModel
 from transferkit.pictures import as_picture
 from transferkit.prediction import predict
 from transferkit.preprocessing import Preprocessing

@@ -14,8 +14,8 @@ from torch import nn
 from torchvision import models
 
 from transferkit.checkpoint import load_artifact, load_weights, read_config, save_artifact
+from transferkit.create import adapt, create_model
 from transferkit.exceptions import ArtifactError, OutputError, TransferkitError
-from transferkit.model import adapt, create_model
 from transferkit.preprocessing import Preprocessing
 from transferkit.transforms import eval_transform
 

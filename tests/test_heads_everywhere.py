@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from transferkit.checkpoint import load_artifact, save_artifact
+from transferkit.create import create_model
 from transferkit.exceptions import SettingError
 from transferkit.freezing import LinearProbe
-from transferkit.model import TrainingOutput, TransferModel, create_model
+from transferkit.model import TrainingOutput, TransferModel
 from transferkit.optim import param_groups
 from transferkit.trainer import Trainer
 

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "backbones._weights",
         "backbones.stem",
     ),
-    ("model", "transform_steps", "transforms", "pictures"),
+    ("model", "create", "transform_steps", "transforms", "pictures"),
     ("freezing", "optim", "schedules", "sources", "data", "loading", "callbacks._base", "devices"),
     (
         "trainer",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from transferkit.create import adapt, create_model
 from transferkit.exceptions import SettingError, UnknownStageError
-from transferkit.model import TransferModel, adapt, create_model
+from transferkit.model import TransferModel
 from transferkit.optim import param_groups
 from transferkit.preprocessing import Preprocessing
 

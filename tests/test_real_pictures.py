@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torchvision.models import mobilenet_v2
 from typer.testing import CliRunner
 
-from transferkit import cli, create_model, image_folder, loader
+from transferkit import cli, image_folder, loader
 from transferkit.checkpoint import load_artifact
 from transferkit.transforms import eval_transform
 
@@ -92,19 +92,3 @@ def test_a_saved_run_evaluates_predicts_and_opens_in_torchvision_alike(assets: P
     )
     with torch.inference_mode():
         assert torch.equal(plain.eval()(images), ours(images))
-
-
-def test_torchvisions_mobilenet_weights_fit_timms_twin_by_order(assets: Path, tmp_path: Path):
-    import timm
-
-    state = torch.load(assets / "weights" / WEIGHTS["torchvision/mobilenet_v2"], weights_only=True)
-    twin = timm.create_model("mobilenetv2_100")
-    path = tmp_path / "twin.pth"
-    torch.save(dict(zip(twin.state_dict(), state.values(), strict=True)), path)
-    settings = {"class_names": ["ants", "bees"]}
-    ours = create_model("timm/mobilenetv2_100", weights=path, **settings).eval()
-    original = assets / "weights" / WEIGHTS["torchvision/mobilenet_v2"]
-    theirs = create_model("torchvision/mobilenet_v2", weights=original, **settings).eval()
-    images = torch.randn(2, 3, 96, 96)
-    with torch.inference_mode():
-        assert torch.equal(ours.features(images), theirs.features(images))

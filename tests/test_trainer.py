@@ -12,11 +12,11 @@ from torchvision.transforms import v2
 
 from transferkit.callbacks import BestCheckpoint, Callback, EarlyStopping, LRScheduler
 from transferkit.checkpoint import load_artifact
+from transferkit.create import adapt
 from transferkit.data import image_folder, loader
 from transferkit.exceptions import DataError, SettingError, TransferkitError, UnknownStageError
 from transferkit.freezing import FreezeUntil, FullFinetune, GradualUnfreezing, LinearProbe, ScheduledUnfreeze
 from transferkit.metrics import evaluate_logits
-from transferkit.model import adapt
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import derive_seed, seeded

@@ -17,8 +17,9 @@ from torchvision import models
 
 from transferkit import backbones
 from transferkit.backbones import load_backbone, read_state_dict
+from transferkit.create import create_model
 from transferkit.exceptions import WeightsError
-from transferkit.model import TransferModel, create_model
+from transferkit.model import TransferModel
 
 SQUEEZENET_FILE = "squeezenet1_1-b8a52dc0.pth"
 BUNDLED_FILE = Path(backbones.__file__).parent / "bundled" / "model.safetensors"

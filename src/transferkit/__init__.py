@@ -23,6 +23,7 @@ _EXPORTS = {
         "UnfreezeLogger",
     ],
     "checkpoint": ["load_artifact", "save_artifact"],
+    "create": ["adapt", "create_model"],
     "data": ["PictureData", "from_datasets", "image_folder", "loader"],
     "exceptions": [
         "ArtifactError",
@@ -49,7 +50,7 @@ _EXPORTS = {
     ],
     "history": ["EpochRecord", "History"],
     "metrics": ["Evaluation"],
-    "model": ["Stage", "TrainingOutput", "TransferModel", "adapt", "create_model"],
+    "model": ["Stage", "TrainingOutput", "TransferModel"],
     "optim": ["build_optimizer", "param_groups"],
     "prediction": ["Prediction", "predict"],
     "preprocessing": ["Preprocessing"],
@@ -89,6 +90,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         UnfreezeLogger as UnfreezeLogger,
     )
     from transferkit.checkpoint import load_artifact as load_artifact, save_artifact as save_artifact
+    from transferkit.create import adapt as adapt, create_model as create_model
     from transferkit.data import (
         PictureData as PictureData,
         from_datasets as from_datasets,
@@ -120,13 +122,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
     from transferkit.history import EpochRecord as EpochRecord, History as History
     from transferkit.metrics import Evaluation as Evaluation
-    from transferkit.model import (
-        Stage as Stage,
-        TrainingOutput as TrainingOutput,
-        TransferModel as TransferModel,
-        adapt as adapt,
-        create_model as create_model,
-    )
+    from transferkit.model import Stage as Stage, TrainingOutput as TrainingOutput, TransferModel as TransferModel
     from transferkit.optim import build_optimizer as build_optimizer, param_groups as param_groups
     from transferkit.prediction import Prediction as Prediction, predict as predict
     from transferkit.preprocessing import Preprocessing as Preprocessing

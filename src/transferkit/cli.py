@@ -252,7 +252,7 @@ def stages(
     as_json: Json = False,
 ) -> None:
     """Show a network's stages, which freeze policies name: parameters, batch norm, native modules."""
-    from transferkit.model import outline
+    from transferkit.create import outline
 
     network = outline(model, num_classes=num_classes, image_size=image_size)
     if as_json:

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from transferkit.callbacks import BestCheckpoint, Callback, CSVLogger, LRScheduler, Progress, UnfreezeLogger
 from transferkit.checkpoint import HISTORY, WEIGHTS, load_artifact, save_artifact
+from transferkit.create import adapt, create_model
 from transferkit.data import from_datasets, image_folder, labelled_folder
 from transferkit.devices import choose_device
 from transferkit.exceptions import DataError, SettingError
@@ -27,7 +28,7 @@ from transferkit.heads import Head
 from transferkit.history import History
 from transferkit.loading import loader
 from transferkit.metrics import evaluate_logits
-from transferkit.model import TransferModel, adapt, create_model
+from transferkit.model import TransferModel
 from transferkit.optim import OptimizerFactory, build_optimizer, check_rates, find_optimizer, param_groups
 from transferkit.plan import plan_text
 from transferkit.prediction import Pictures, Prediction, predict

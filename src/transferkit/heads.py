@@ -101,14 +101,15 @@ def build_head(old: nn.Module, head: Head) -> nn.Module:
         Linear(in_features=512, out_features=3, bias=True)
     """
     inputs = head_inputs(old)
+    biased = getattr(old, "bias", None) is not None
     width = inputs if head.hidden_size is None else head.hidden_size
     last: nn.Linear | nn.Conv2d
     if isinstance(old, nn.Conv2d):
         dropped_conv = _DropoutConv2d if head.dropout and head.plain else nn.Conv2d
-        last = dropped_conv(width, head.num_classes, kernel_size=1)
+        last = dropped_conv(width, head.num_classes, kernel_size=1, bias=biased)
     else:
         dropped_linear = _DropoutLinear if head.dropout and head.plain else nn.Linear
-        last = dropped_linear(width, head.num_classes)
+        last = dropped_linear(width, head.num_classes, bias=biased)
     if isinstance(last, _DropoutLinear | _DropoutConv2d):
         last.dropout = head.dropout
     nn.init.normal_(last.weight, std=0.01)

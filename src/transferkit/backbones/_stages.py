@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from transferkit.exceptions import SettingError
+
 __all__ = ["StageNames", "run_twin", "split_into_stages"]
 
 logger = logging.getLogger("transferkit")
@@ -54,6 +56,11 @@ class _Unit:
         return any(True for child in self.module.children() for _ in child.parameters())
 
     @property
+    def trains(self) -> bool:
+        """Whether it holds parameters."""
+        return any(True for _ in self.module.parameters())
+
+    @property
     def has_weights(self) -> bool:
         """Whether it holds more than a norm's vectors."""
         return any(parameter.ndim > 1 for parameter in self.module.parameters())
@@ -71,7 +78,7 @@ class _Stage:
 
 
 def split_into_stages(
-    network: nn.Module, *, head_paths: tuple[str, ...], channels: int, size: int
+    network: nn.Module, *, head_paths: tuple[str, ...], channels: int, size: int, must_run: bool = False
 ) -> tuple[StageNames, ...]:
     """Assign every parameter, buffer and module of a network to exactly one stage, in execution order.
 
@@ -80,10 +87,15 @@ def split_into_stages(
         head_paths: Dotted names of its classification layers; they form the last stage.
         channels: Channels of its input.
         size: Side of its input in pixels.
+        must_run: Whether a network that cannot run on such a picture is refused; else its stages follow the order in
+            which its modules were declared, with a warning.
 
     Returns:
         ``stem``, ``stage1`` … ``stageN``, ``head``. Tensors of the network itself (``cls_token``, ``pos_embed``) belong
         to the stage that ran just before their first use; a tensor or module that is shared to its first user's.
+
+    Raises:
+        SettingError: The network must run, and cannot.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -99,7 +111,7 @@ def split_into_stages(
     for unit in _units(network, "", heads, containers):
         if all(unit.module is not other.module for other in units):
             units.append(unit)
-    clock = _run(network, units, channels, size)
+    clock = _run(network, units, channels, size, must_run)
     _order(units, clock)
     weighted = [unit for unit in units if _own_tensors(unit.module)]
     stages = _group(weighted)
@@ -108,29 +120,44 @@ def split_into_stages(
     for unit in units:
         current = owner.setdefault(id(unit), current)
 
-    modules: dict[str, list[str]] = {name: [] for name in [*(stage.name for stage in stages), "head"]}
+    names = [*(stage.name for stage in stages), "head"]
     tops = [*((owner[id(unit)], unit.path) for unit in units), *(("head", path) for path in head_paths)]
+    modules = _modules_by_stage(network, names, tops)
+
+    def user(tensor: Tensor) -> str:
+        """Name the stage that ran just before a tensor's first use."""
+        first = clock.get(id(tensor), -1)
+        return next((owner[id(unit)] for unit in reversed(weighted) if unit.start <= first), owner[id(weighted[0])])
+
+    tensors = _tensors_by_stage(network, modules, containers, user)
+    return tuple(StageNames(name, tuple(tensors[name]), tuple(modules[name])) for name in names)
+
+
+def _modules_by_stage(network: nn.Module, names: list[str], tops: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """List each stage's modules by name, each with all that is inside; one that is shared counts for the first."""
+    modules: dict[str, list[str]] = {name: [] for name in names}
     seen: set[int] = set()
     for name, path in tops:
         for inner, module in network.get_submodule(path).named_modules():
             if id(module) not in seen:
                 seen.add(id(module))
                 modules[name].append(f"{path}.{inner}".rstrip("."))
+    return modules
+
+
+def _tensors_by_stage(
+    network: nn.Module, modules: dict[str, list[str]], containers: list[str], user: Callable[[Tensor], str]
+) -> dict[str, list[str]]:
+    """List each stage's tensors by name; one that no block owns, ``cls_token`` for example, goes to its user."""
     tensors: dict[str, list[str]] = {name: [] for name in modules}
-    for name, paths in modules.items():
-        for path in paths:
-            for key, tensor in _direct_tensors(network.get_submodule(path)):
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    tensors[name].append(f"{path}.{key}")
-    for path in containers:  # tensors such as cls_token that no block owns
+    seen: set[int] = set()
+    owned = [(name, path) for name, paths in modules.items() for path in paths]
+    for name, path in [*owned, *(("", path) for path in containers)]:
         for key, tensor in _direct_tensors(network.get_submodule(path)):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                first = clock.get(id(tensor), -1)
-                before = [unit for unit in weighted if unit.start <= first]
-                tensors[owner[id((before or weighted)[-1 if before else 0])]].append(f"{path}.{key}".lstrip("."))
-    return tuple(StageNames(name, tuple(tensors[name]), tuple(modules[name])) for name in modules)
+                tensors[name or user(tensor)].append(f"{path}.{key}".lstrip("."))
+    return tensors
 
 
 def _units(module: nn.Module, path: str, heads: set[int], containers: list[str]) -> Iterator[_Unit]:
@@ -194,12 +221,8 @@ class _Clock(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> dict[int, int]:
-    """Run the network once; returns the tick of each tensor's first use and fills in the units' starts and shapes.
-
-    A network that cannot run on made input (its arithmetic reads values, or it wants another input) keeps the order
-    in which its modules were declared.
-    """
+def _run(network: nn.Module, units: list[_Unit], channels: int, size: int, must_run: bool) -> dict[int, int]:
+    """Run the network once; returns the tick of each tensor's first use and fills in the units' starts and shapes."""
     clock = _Clock()
 
     def watch(probe: nn.Module) -> None:
@@ -224,13 +247,18 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
         _, reason = run_twin(network, watch, channels=channels, size=size)
     if reason is None:
         return clock.first
+    if must_run:
+        raise SettingError(
+            f"{type(network).__name__} cannot take {size}-px pictures of {channels} channels "
+            f"({_in_words(reason)}); choose another image_size, or none for that of the weights"
+        ) from reason
     for unit in units:
         unit.start, unit.shape = -1, ()
     logger.warning(
         "%s could not run on a made %d-px picture (%s); its stages follow the order of declaration",
         type(network).__name__,
         size,
-        reason,
+        _in_words(reason),
     )
     return {}
 
@@ -238,7 +266,7 @@ def _run(network: nn.Module, units: list[_Unit], channels: int, size: int) -> di
 def run_twin(
     network: nn.Module, watch: Callable[[nn.Module], None], *, channels: int, size: int
 ) -> tuple[Any, Exception | None]:
-    """Run a copy of a network on a made picture in eval mode: without values (``meta``), else on the CPU.
+    """Run a copy of a network on a made picture in eval mode: without values (``meta``), else on the CPU if it has any.
 
     Args:
         network: Left as it is.
@@ -247,11 +275,12 @@ def run_twin(
         size: Its side in pixels.
 
     Returns:
-        What the network returned and ``None``, or ``None`` and what it raised on the CPU.
+        What the network returned and ``None``, or ``None`` and what it raised last.
     """
     dtype = next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.float32)
     reason: Exception | None = None
-    for device in ("meta", "cpu"):
+    there = {tensor.device.type for tensor in _own_tensors(network)}
+    for device in ("meta",) if there == {"meta"} else ("meta", "cpu"):
         try:
             probe = _twin(network, device)
             watch(probe)
@@ -261,6 +290,10 @@ def run_twin(
         except Exception as error:  # networks raise whatever they like
             reason = error
     return None, reason
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _twin(network: nn.Module, device: str) -> nn.Module:
@@ -288,7 +321,8 @@ def _group(units: list[_Unit]) -> list[_Stage]:
     """Join units into stages: the stem, then one stage per resolution or, where it never falls, per block."""
     stem = _Stage("stem", units[:1])
     rest = units[1:]
-    while rest and not rest[0].is_block and rest[0].positions == stem.units[0].positions:
+    # What holds buffers alone (a table of rotary positions) opens no stage.
+    while rest and not rest[0].is_block and (not rest[0].trains or rest[0].positions == stem.units[0].positions):
         stem.units.append(rest.pop(0))
     stages = _by_resolution(rest)
     blocks = [unit for unit in rest if unit.is_block]

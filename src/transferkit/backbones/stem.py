@@ -215,9 +215,10 @@ def plan_stem(network: nn.Module, *, channels: int, size: int) -> tuple[StemChan
             )
             return ()
         step = [_undo(layer, path) for path, layer in steps[0].items()]
-        patch, side = step[0].before, next(iter(seen.steps))[1]
-        if len(step) == 1 and patch is not None and patch.kernel_size == patch.stride and seen.side == side:
-            # The network has no other resolution: it works on tokens, and patches of 1 x 1 would make too many.
+        patch = step[0].before
+        if len(step) == 1 and patch and patch.kernel_size == patch.stride and list(seen.steps) == [(size, seen.side)]:
+            # One layer leads from the picture to the last map: the network works on tokens, and patches of 1 x 1
+            # would make too many.
             smaller = _patch(type(network).__name__, size, patch.stride, _MIN_TOKENS)
             step = [replace(change, after=Window(smaller, smaller, 0)) for change in step]
         change_stem(probe, step)
