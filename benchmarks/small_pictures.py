@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from transferkit import Finetuner, create_model, image_folder
+from transferkit import Finetuner, FullFinetune, LinearProbe, ScheduledUnfreeze, create_model, image_folder
 from transferkit.sources import PictureData, PictureFiles
 
 NETWORKS = {
@@ -32,8 +32,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "stem (32 px)": {"small_images": "stem"},
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "everything, backbone lr 3e-4": {"policy": "full", "lr": 3e-3, "head_lr_multiplier": 10.0},
+    "head first, then everything at 3e-5": {
+        "policy": ScheduledUnfreeze({0: LinearProbe(), 2: FullFinetune()}, lr={0: 3e-3, 2: 3e-3}),
+        "head_lr_multiplier": 100.0,
+    },
+    "everything at 3e-4": {"policy": FullFinetune(), "head_lr_multiplier": 10.0},
 }
 TRAIN, TEST, EPOCHS = 50, 50, 5  # pictures per class, and passes
 

@@ -194,3 +194,26 @@ def test_help_loads_nothing_heavy():
 def test_version_is_printed():
     stdout, _ = run("--version")
     assert stdout.strip() == cli.__version__
+
+
+def test_stages_prints_names_parameters_and_native_modules():
+    table, _ = run("stages", "resnet18", "--num-classes", "2")
+    lines = table.splitlines()
+    assert lines[0] == "torchvision/resnet18: 11,177,538 parameters, 224 px, 512 features"
+    assert [line.split()[0] for line in lines[1:]] == ["stage", "stem", *(f"stage{n}" for n in range(1, 5)), "head"]
+    assert lines[3].split() == ["stage1", "147,968", "yes", "layer1.0,", "layer1.1"]
+    found = json.loads(run("stages", "timm/vit_tiny_patch16_224", "--image-size", "64", "--json")[0])
+    assert [stage["name"] for stage in found["stages"]] == ["stem", *(f"stage{n}" for n in range(1, 13)), "head"]
+    assert found["stages"][1] == {
+        "name": "stage1",
+        "parameters": 444864,
+        "batch_norm": False,
+        "modules": ["blocks.0"],
+    }
+    assert found["num_features"] == 192
+
+
+def test_stages_of_an_unknown_network_is_one_sentence():
+    stdout, message = run("stages", "resnet81", expect=2)
+    assert stdout == ""
+    assert "no torchvision or timm classifier named 'resnet81'" in message

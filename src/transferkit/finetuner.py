@@ -71,7 +71,7 @@ class Finetuner:
         layer_decay: Factor of the lr from one stage to the one before it, above 0, at most 1; ``None`` the recipe's.
         head_lr_multiplier: How much faster the head learns than the stage below it; ``None`` for the recipe's.
         keep_statistics: Whether batch norms keep their pretrained running statistics in stages that train; ``None`` for
-            yes with pretrained weights, no with random ones.
+            yes with pretrained weights, no with random ones or an adapted stem.
         optimizer: ``"adamw"``, ``"sgd"``, or a callable that takes parameter groups.
         schedule: A schedule or its name; ``None`` for the recipe's.
         image_size: Input side in pixels; ``None`` for the size of the weights.
@@ -214,7 +214,13 @@ class Finetuner:
     def recipe(self) -> Recipe:
         """The default recipe with every setting that was given in its place."""
         policy = policy_from_text(self.policy) if isinstance(self.policy, str) else self.policy
-        recipe = default_recipe(policy, self.epochs, lr=self.lr, pretrained=self.weights is not None)
+        recipe = default_recipe(
+            policy,
+            self.epochs,
+            lr=self.lr,
+            pretrained=self.weights is not None,
+            rescaled=self.small_images == "stem",
+        )
         schedule = schedule_by_name(self.schedule) if isinstance(self.schedule, str) else self.schedule
         return recipe.replaced(
             schedule=schedule,
@@ -469,8 +475,8 @@ class Finetuner:
                 **shape,
             )
         model.eval_preset = self.eval_preset
-        pretrained = self.weights is not None and not model.stem  # at another scale their statistics do not hold
-        model.keep_statistics = pretrained if self.keep_statistics is None else self.keep_statistics
+        known = self.weights is not None and self.small_images != "stem"  # at another scale they do not hold
+        model.keep_statistics = known if self.keep_statistics is None else self.keep_statistics
         return model.eval()
 
     def _loader(self, source: LabelledPictures, transform: Transform, *, train: bool) -> DataLoader[tuple[Tensor, int]]:

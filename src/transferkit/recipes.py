@@ -17,6 +17,7 @@ __all__ = ["Recipe", "default_recipe"]
 HEAD_LR = 3e-3
 HEAD_LR_MULTIPLIER = 100.0
 HEAD_SHARE = 0.4
+RESCALED_LR_MULTIPLIER = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,12 @@ class Recipe:
 
 
 def default_recipe(
-    policy: FreezePolicy | None, epochs: int, *, lr: float | None = None, pretrained: bool = True
+    policy: FreezePolicy | None,
+    epochs: int,
+    *,
+    lr: float | None = None,
+    pretrained: bool = True,
+    rescaled: bool = False,
 ) -> Recipe:
     """Return the recipe for a freeze policy; for ``None``, the head first, then everything.
 
@@ -57,8 +63,9 @@ def default_recipe(
         policy: What the user chose, or ``None``.
         epochs: Length of the run, 1 or more. A single epoch is spent on the head.
         lr: Learning rate of the head, or ``None`` for the recipe's. Both phases begin at it, each with its own warm-up.
-
         pretrained: Whether the network has pretrained weights; random ones must learn as fast as the head.
+        rescaled: Whether the stem was adapted to small pictures. Pretrained layers then see another scale: everything
+            learns from the start, the backbone ten times faster than else.
 
     Source: Kumar et al. 2022 ("Fine-tuning can distort pretrained features and underperform out-of-distribution") for
         the order, Howard & Ruder 2018 for the layer-wise rates.
@@ -68,14 +75,17 @@ def default_recipe(
         {0: 0.003, 2: 0.003}
     """
     lr = HEAD_LR if lr is None else lr
+    if policy is None and rescaled:
+        policy = FullFinetune()
     if policy is None and epochs == 1:
         policy = LinearProbe()
     if policy is None:
         head_epochs = max(1, round(epochs * HEAD_SHARE))
         policy = ScheduledUnfreeze({0: LinearProbe(), head_epochs: FullFinetune()}, lr={0: lr, head_epochs: lr})
+    multiplier = RESCALED_LR_MULTIPLIER if rescaled else HEAD_LR_MULTIPLIER
     return Recipe(
         policy,
         lr=lr,
-        head_lr_multiplier=HEAD_LR_MULTIPLIER if pretrained else 1.0,
+        head_lr_multiplier=multiplier if pretrained else 1.0,
         train_preset="none" if isinstance(policy, LinearProbe) else "light",
     )

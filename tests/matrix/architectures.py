@@ -261,6 +261,7 @@ def render(rows: Iterable[Row]) -> str:
     """Return the page: versions, totals, one line per family, exceptions."""
     rows = sorted(rows, key=lambda row: (row.family, row.name))
     lines = [
+        *("---", "hide:", "  - navigation", "  - toc", "---", ""),  # the table needs the width
         "# Architectures",
         "",
         "Every architecture of both libraries was built for three classes, split into stages, frozen by half and run",
@@ -281,8 +282,8 @@ def render(rows: Iterable[Row]) -> str:
         "A family is the module of the library that defines it. The example is its smallest member; the stages are the",
         "example's, with their parameters for three classes.",
         "",
-        "| family | passed | example | classification layers in the family | stages of the example |",
-        "|---|---|---|---|---|",
+        "| family | passed | classification layers | example and its stages |",
+        "|---|---|---|---|",
     ]
     for family, members in groupby(rows, key=lambda row: row.family):
         group = list(members)
@@ -292,8 +293,8 @@ def render(rows: Iterable[Row]) -> str:
             f"{', '.join(f'`{path}`' for path, _ in row.heads)} ({row.heads[0][1]})" for row in with_head if row.heads
         )
         lines.append(
-            f"| {family} | {sum(map(_passed, group))} of {len(group)} | `{example.name.partition('/')[2]}` "
-            f"| {'<br>'.join(sorted(heads))} | {_in_short(example.stages)} |"
+            f"| {family} | {sum(map(_passed, group))} of {len(group)} | {'<br>'.join(sorted(heads))} "
+            f"| `{example.name.partition('/')[2]}`: {_in_short(example.stages)} |"
         )
     lines += ["", "## Exceptions", ""]
     exceptions = [row for row in rows if not _passed(row)]
