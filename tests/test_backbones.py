@@ -357,8 +357,9 @@ def test_a_small_stem_is_said_saved_and_rebuilt(name: str, caplog: pytest.LogCap
     own = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["transferkit"]
     assert own["stem"] == [change.to_dict() for change in model.stem]
     assert own["native"] is (not model.stem)
+    assert own["small_images"] == "stem"
     again = load_artifact(tmp_path)
-    assert again.stem == model.stem
+    assert (again.stem, again.small_images) == (model.stem, "stem")
     with torch.no_grad():
         assert torch.equal(again(images), model(images))
 

@@ -31,6 +31,7 @@ def test_an_adapted_stem_is_trained_whole_and_its_statistics_move(
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert config["transferkit"]["stem"][0] == {"path": "conv_stem", "before": [3, 2, 1], "after": [3, 1, 1]}
     assert config["run"]["settings"]["small_images"] == "stem"
+    assert config["transferkit"]["small_images"] == "stem"
     again = Finetuner.load(tmp_path / "run", device="cpu")
     assert again.evaluate(picture_folder)["loss"] == tuner.evaluate(picture_folder)["loss"]
 

@@ -116,6 +116,7 @@ def _config(model: TransferModel, extra: dict[str, Any] | None) -> dict[str, Any
                 "aux_weight": model.aux_weight,
             },
             "arguments": model.arguments,
+            "small_images": model.small_images,
             "stem": [change.to_dict() for change in model.stem],
             "versions": {name: version(name) for name in ("transferkit", "torch", "torchvision", "timm")},
         },
@@ -191,7 +192,8 @@ def load_artifact(directory: str | os.PathLike[str], *, network: nn.Module | Non
                 preprocessing,
                 config["weights"],
                 arguments,
-                stem,
+                small_images=config.get("small_images", "upsample"),
+                stem=stem,
                 aux_paths=tuple(config["head"].get("aux_paths", ())),
                 aux_weight=config["head"].get("aux_weight", 0.0),
             )

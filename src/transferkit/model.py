@@ -100,7 +100,8 @@ class TransferModel(nn.Module):
         class_names: One name per class.
         preprocessing: How pictures are prepared for these weights.
         eval_preset: Name of the transform that prepares them for evaluation (:func:`~transferkit.eval_transform`).
-        stem: What was changed so that small pictures keep their resolution.
+        small_images: ``"stem"`` where the network was adapted to small pictures, else ``"upsample"``.
+        stem: The layers that were changed for them, beyond what ``arguments`` say.
         num_features: Width of what the head receives.
         aux_paths: Dotted names of the auxiliary classification layers that train along, none for most networks.
         frozen: Names of the frozen stages.
@@ -140,7 +141,7 @@ class TransferModel(nn.Module):
         self.head = head
         self.head_paths, self.aux_paths = backbone.head_paths, backbone.aux_paths
         self.aux_weight = backbone.aux_weight
-        self.stem = backbone.stem
+        self.small_images, self.stem = backbone.small_images, backbone.stem
         self.frozen: frozenset[str] = frozenset()
         self.keep_statistics = False
         self.network = backbone.network

@@ -22,7 +22,8 @@ class Backbone:
         name: ``"torchvision/resnet18"``, ``"timm/convnext_atto"`` or ``"module/ClassName"``.
         network: The untouched native class, still with its own head.
         head_paths: Dotted names of its classification layers; more than one for distilled networks.
-        stem: What was changed so that small pictures keep their resolution.
+        small_images: ``"stem"`` where the network was adapted to small pictures, else ``"upsample"``.
+        stem: The layers that were changed for them, beyond what ``arguments`` say.
         aux_paths: Dotted names of auxiliary classification layers, whose logits the network returns while it trains.
         aux_weight: Weight of each auxiliary loss beside the main one.
         preprocessing: How the weights' pictures were prepared.
@@ -36,6 +37,7 @@ class Backbone:
     preprocessing: Preprocessing
     weights: str | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    small_images: str = "upsample"
     stem: tuple[StemChange, ...] = ()
     aux_paths: tuple[str, ...] = ()
     aux_weight: float = 0.0

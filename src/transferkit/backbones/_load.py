@@ -150,7 +150,8 @@ def _with_small_stem(backbone: Backbone, options: dict[str, Any]) -> Backbone:
         "%s for %d-px pictures: %s", backbone.name, preprocessing.size, ", ".join(done) or "its stem stays as it is"
     )
     # Small pictures are seen whole: there are no margins to cut away.
-    return replace(backbone, preprocessing=replace(preprocessing, resize_size=preprocessing.size), stem=changes)
+    whole = replace(preprocessing, resize_size=preprocessing.size)
+    return replace(backbone, preprocessing=whole, small_images="stem", stem=changes)
 
 
 def _is_path(weights: str | os.PathLike[str]) -> bool:
