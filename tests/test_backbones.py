@@ -376,3 +376,5 @@ def test_a_small_stem_keeps_pretrained_weights(tmp_path: Path) -> None:
     }
     assert ours["conv1.weight"].shape == (64, 3, 3, 3)
     assert isinstance(model.network.maxpool, nn.Identity)
+    own = timm.layers.resample_patch_embed(native.conv1.weight, [3, 3])
+    torch.testing.assert_close(ours["conv1.weight"], own)

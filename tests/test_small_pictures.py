@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from PIL import Image
 from torch import nn
 
 from transferkit import Finetuner
+from transferkit.checkpoint import save_artifact
+from transferkit.create import create_model
+from transferkit.data import image_folder
 from transferkit.exceptions import SettingError
 from transferkit.freezing import FullFinetune, LinearProbe
 from transferkit.preprocessing import Preprocessing
@@ -34,6 +38,33 @@ def test_an_adapted_stem_is_trained_whole_and_its_statistics_move(
     assert config["transferkit"]["small_images"] == "stem"
     again = Finetuner.load(tmp_path / "run", device="cpu")
     assert again.evaluate(picture_folder)["loss"] == tuner.evaluate(picture_folder)["loss"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"backbone": "torchvision/squeezenet1_1", "small_images": "stem", "in_chans": 4},
+        {"backbone": "timm/test_vit", "small_images": "stem"},
+        {"backbone": "torchvision/resnet18", "small_images": "stem", "in_chans": 1},
+        {"backbone": "timm/test_resnet", "image_size": 48, "in_chans": 1},
+        {"backbone": "torchvision/googlenet", "image_size": 64, "aux": "train"},
+    ],
+    ids=lambda settings: settings["backbone"],
+)
+def test_training_on_starts_from_the_saved_network_as_it_was(
+    settings: dict[str, Any], picture_folder: Path, tmp_path: Path
+) -> None:
+    model = create_model(settings.pop("backbone"), weights=None, num_classes=2, seed=0, **settings).eval()
+    save_artifact(model, tmp_path)
+    tuner = Finetuner.load(tmp_path, device="cpu", progress=False)
+    again = tuner._build(image_folder(picture_folder)).eval()
+    assert again.class_names == ("blue", "green", "red")
+    assert (again.preprocessing, again.stem) == (model.preprocessing, model.stem)
+    assert (again.aux_paths, again.small_images) == (model.aux_paths, model.small_images)
+    shape = (2, model.preprocessing.channels, model.preprocessing.size, model.preprocessing.size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(again.features(images), model.features(images))
 
 
 def test_enlarging_small_pictures_is_said(picture_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -364,9 +364,18 @@ class Finetuner:
             ArtifactError: The folder holds no saved model, or its files do not belong together.
         """
         model = load_artifact(directory, network=network)
-        # Its weights are where a further fit() on other pictures starts from.
-        weights = Path(directory) / WEIGHTS
-        tuner = cls(model.name, weights=weights, eval_preset=model.eval_preset, **settings)
+        # Its weights are where a further fit() on other pictures starts from, in a network of the same make.
+        kept: dict[str, Any] = {
+            "weights": Path(directory) / WEIGHTS,
+            "eval_preset": model.eval_preset,
+            "small_images": model.small_images,
+            "aux": "train" if model.aux_paths else "drop",
+        }
+        if settings.get("image_size") is None:
+            kept["preprocessing"] = model.preprocessing
+        else:
+            kept["in_chans"] = model.preprocessing.channels
+        tuner = cls(model.name, **{**kept, **settings})
         tuner.model = model
         history = Path(directory) / HISTORY
         if history.is_file():

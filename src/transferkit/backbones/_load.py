@@ -14,6 +14,8 @@ from torch import nn
 
 from transferkit.backbones import _timm, _torchvision
 from transferkit.backbones._base import Backbone
+from transferkit.backbones._state_dict import read_state_dict
+from transferkit.backbones._weights import fit_state_dict
 from transferkit.backbones.stem import change_stem, describe, plan_stem, stem_arguments
 from transferkit.exceptions import SettingError, UnknownModelError
 
@@ -131,11 +133,23 @@ def load_backbone(
         image_size = _SMALL if image_size is None else image_size
         options = stem_arguments(f"{library}/{architecture}", size=image_size)
     chosen = Path(weights) if weights is not None and _is_path(weights) else weights
+    # A file may hold a stem that was adapted already, so it is read into the adapted network.
+    late = chosen if small_images == "stem" and isinstance(chosen, Path) else None
     backbone: Backbone = _LIBRARIES[library].load(
-        architecture, weights=chosen, image_size=image_size, in_chans=in_chans, aux=aux == "train", options=options
+        architecture,
+        weights=None if late else chosen,
+        image_size=image_size,
+        in_chans=in_chans,
+        aux=aux == "train",
+        options=options,
     )
     if small_images == "stem":
         backbone = _with_small_stem(backbone, options)
+    if late is not None:
+        heads = (*backbone.head_paths, *backbone.aux_paths)
+        kernels = [change.path for change in backbone.stem]
+        fit_state_dict(backbone.network, read_state_dict(late), head_paths=heads, source=str(late), resampled=kernels)
+        backbone = replace(backbone, weights=str(late))
     logger.debug("%s with %s", backbone.name, backbone.weights or "random weights")
     return backbone
 

@@ -141,6 +141,8 @@ def load(
     except AssertionError as error:  # torchvision asserts that the size is a multiple of the patch
         raise SettingError(f"torchvision/{architecture} cannot take {image_size}-px pictures: {error}") from error
     head_paths, aux_paths = find_head_paths(network)
+    if in_chans != 3:
+        change_channels(network, in_chans)
     described = None
     if weights is not None:
         described = str(weights) if entry is None else str(entry)
@@ -148,8 +150,6 @@ def load(
         if not aux:
             state = {key: value for key, value in state.items() if not _is_auxiliary(key)}
         fit_state_dict(network, state, head_paths=(*head_paths, *aux_paths), source=described)
-    if in_chans != 3:
-        change_channels(network, in_chans)
     return Backbone(
         f"torchvision/{architecture}",
         network,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from timm.layers import resample_patch_embed
 from timm.models import densenet as timm_densenet
 from torch import Tensor, nn
 from torchvision.models import DenseNet
@@ -86,7 +87,12 @@ def _listed(keys: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def fit_state_dict(
-    network: nn.Module, state: Mapping[str, Tensor], *, head_paths: Iterable[str], source: str
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    head_paths: Iterable[str],
+    source: str,
+    resampled: Iterable[str] = (),
 ) -> WeightsReport:
     """Load weights into the network they belong to, whatever their keys were prefixed with, and log what matched.
 
@@ -102,6 +108,8 @@ def fit_state_dict(
         state: Tensors by key, as :func:`read_state_dict` returns them.
         head_paths: Dotted names of the classification layers.
         source: Where the state came from, for messages.
+        resampled: Dotted names of convolutions whose kernels are resampled where the file has another size: an adapted
+            stem's.
 
     Returns:
         What matched, was missing and was left over; also logged, as a warning if the backbone is incomplete.
@@ -124,6 +132,9 @@ def fit_state_dict(
     body = {key: own[key] for key in own if not key.startswith(heads) and not key.endswith(_COUNTER)}
     best, passed_over = _best_reading(network, state, body)
     tensors = _with_own_channels(network, best.tensors, own, source)
+    for key in (f"{path}.weight" for path in resampled):
+        if key in tensors and tensors[key].shape[:2] == own[key].shape[:2]:
+            tensors = {**tensors, key: resample_patch_embed(tensors[key], list(own[key].shape[2:]))}
 
     loadable = {key for key in own if key in tensors and tensors[key].shape == own[key].shape}
     filled = {id(own[key]) for key in loadable}  # by identity: tied tensors are filled under any of their names
