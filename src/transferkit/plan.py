@@ -25,6 +25,19 @@ def plan_text(
 
     Returns:
         Lines of text.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transferkit.create import create_model
+        >>> from transferkit.data import from_datasets
+        >>> from transferkit.optim import param_groups
+        >>> from transferkit.recipes import default_recipe
+        >>> pictures = [(Image.new("RGB", (8, 8)), label) for label in (0, 1)]
+        >>> data = from_datasets(pictures, pictures, class_names=["ant", "bee"])
+        >>> model = create_model("timm/test_efficientnet", weights=None, class_names=data.class_names, image_size=32)
+        >>> optimizer = torch.optim.SGD(param_groups(model, lr=0.1))
+        >>> print(plan_text(model, data, default_recipe(None, 5), optimizer, epochs=5).splitlines()[1])
+        2 training and 2 validation pictures of 2 classes
     """
     policy, names = recipe.policy, model.stage_names
     model.freeze(policy.frozen_stages(names, 0))

@@ -21,6 +21,10 @@ class ToTensor(nn.Module):
 
     Args:
         channels: What a picture must have, 4 or more.
+
+    Example:
+        >>> ToTensor(4)(Image.new("RGBA", (6, 2))).shape
+        torch.Size([4, 2, 6])
     """
 
     def __init__(self, channels: int) -> None:
@@ -54,6 +58,10 @@ class OnColours(nn.Module):
 
     Args:
         change: What is done to them.
+
+    Example:
+        >>> OnColours(v2.RandomInvert(p=1.0))(torch.zeros(4, 1, 1)).flatten()
+        tensor([1., 1., 1., 0.])
     """
 
     def __init__(self, change: nn.Module) -> None:
@@ -87,6 +95,12 @@ class PadToSquare(nn.Module):
     Args:
         size: Side of the square in pixels.
         fill: Value of each channel of the border, in [0, 1].
+
+    Source: timm ``CenterCropOrPad``.
+
+    Example:
+        >>> PadToSquare(8, (0.5, 0.5, 0.5))(Image.new("RGB", (8, 4))).size
+        (8, 8)
     """
 
     def __init__(self, size: int, fill: tuple[float, ...]) -> None:
