@@ -52,14 +52,14 @@ def accuracies(assets: Path, tmp_path: Path, data: str, model: str, *options: st
     ]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("model", "least"), [("torchvision/mobilenet_v2", 0.95), ("torchvision/squeezenet1_1", 0.91)])
 def test_ants_and_bees_by_the_head_alone(assets: Path, tmp_path: Path, model: str, least: float):
     found = accuracies(assets, tmp_path, "hymenoptera_data", model, "--policy", "head")
     assert statistics.mean(found) >= least, found
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_flowers_by_the_head_alone_and_by_the_default_recipe(assets: Path, tmp_path: Path):
     model = "torchvision/mobilenet_v2"
     head = accuracies(assets, tmp_path, "flowers5_small", model, "--policy", "head")
@@ -70,7 +70,7 @@ def test_flowers_by_the_head_alone_and_by_the_default_recipe(assets: Path, tmp_p
     assert statistics.mean(recipe) > statistics.mean(head), (recipe, head)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 def test_a_saved_run_evaluates_predicts_and_opens_in_torchvision_alike(assets: Path, tmp_path: Path):
     data, run = assets / "hymenoptera_data", tmp_path / "run"
     weights = assets / "weights" / WEIGHTS["torchvision/mobilenet_v2"]
