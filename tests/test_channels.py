@@ -1,5 +1,6 @@
 """Models of 1, 4 and 5 channels predict what their transform makes of the picture."""
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
+from transferkit.backbones import change_channels
 from transferkit.create import adapt
 from transferkit.exceptions import DataError
 from transferkit.model import TransferModel
@@ -29,6 +32,25 @@ def model_of() -> Callable[[int], TransferModel]:
             return adapt(network, class_names=["a", "b"], preprocessing=preprocessing).eval()
 
     return make
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_first_convolution_is_changed_where_it_is(channels, groups):
+    old = nn.Conv2d(3, 6, 3, stride=2, padding=1, dilation=2, groups=groups, padding_mode="reflect")
+    network = nn.Sequential(copy.deepcopy(old), nn.Conv2d(6, 2, 1))
+    convolution, bias = network[0], network[0].bias
+    convolution.weight.requires_grad_(False)
+    change_channels(network, channels)
+    assert network[0] is convolution
+    assert convolution.bias is bias
+    assert not convolution.weight.requires_grad
+    assert convolution.extra_repr() == old.extra_repr().replace("3, 6", f"{channels}, 6").replace(", groups=3", "")
+    own = torch.randn(2, channels, 9, 9)
+    weight = old.weight if groups == 1 else old.weight.expand(-1, 3, -1, -1) / 3
+    expected = nn.Conv2d(channels, 6, 3, stride=2, padding=1, dilation=2, padding_mode="reflect")
+    expected.load_state_dict({"weight": timm.models.adapt_input_conv(channels, weight), "bias": old.bias})
+    torch.testing.assert_close(convolution(own), expected(own))
 
 
 def noise(channels: int, seed: int = 0) -> np.ndarray:

@@ -94,6 +94,15 @@ def test_aux_is_checked() -> None:
         create_model("googlenet", weights=None, num_classes=2, aux="keep")
 
 
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/inception_v3", "timm/inception_v3.tv_in1k"])
+def test_auxiliary_heads_that_a_network_does_not_have_are_refused_before_its_weights_are_read(
+    name: str, tmp_path: Path
+) -> None:
+    for weights in ("default", tmp_path / "missing.pth"):
+        with pytest.raises(SettingError, match=f"^{name} has no auxiliary classifiers to train; leave aux alone$"):
+            create_model(name, weights=weights, num_classes=2, aux="train")
+
+
 @pytest.mark.parametrize(
     ("name", "heads"),
     [

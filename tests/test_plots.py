@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -207,6 +208,15 @@ def test_arrays_are_drawn_as_the_pixels_they_hold() -> None:
     np.testing.assert_array_equal(from_levels.images[0].get_array(), levels)
     np.testing.assert_array_equal(from_shares.images[0].get_array(), levels)
     np.testing.assert_array_equal(grey.images[0].get_array()[..., 1], levels[..., 0])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_of_a_tensor_the_first_three_channels_are_drawn(channels: int) -> None:
+    levels = torch.arange(channels * 16, dtype=torch.uint8).reshape(channels, 4, 4)
+    expected = levels[:3].expand(3, 4, 4).permute(1, 2, 0)
+    for image in (levels, levels / 255):
+        (axes,) = plot_predictions([PredictionView(image, "cat", 0.97)]).axes
+        np.testing.assert_array_equal(axes.images[0].get_array(), expected)
 
 
 def test_large_pictures_are_reduced_and_the_callers_picture_is_not() -> None:

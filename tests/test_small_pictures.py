@@ -16,6 +16,7 @@ from transferkit.create import create_model
 from transferkit.data import image_folder
 from transferkit.exceptions import SettingError
 from transferkit.freezing import FullFinetune, LinearProbe
+from transferkit.plan import note_enlarging
 from transferkit.preprocessing import Preprocessing
 
 SETTINGS = {"weights": "bundled", "epochs": 1, "num_workers": 0, "device": "cpu", "progress": False}
@@ -73,6 +74,20 @@ def test_enlarging_small_pictures_is_said(picture_folder: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO, logger="transferkit"):
         tuner.fit(picture_folder)
     assert "pictures of 40 px are enlarged to the network's 112 px (small_images='upsample')" in caplog.text
+
+
+def test_with_an_adapted_stem_nothing_is_said_of_enlarging(caplog: pytest.LogCaptureFixture) -> None:
+    pictures = [(Image.new("RGB", (20, 20)), 0)]
+    enlarged, adapted = (
+        create_model("torchvision/resnet18", weights=None, num_classes=2, image_size=64, small_images=way)
+        for way in ("upsample", "stem")
+    )
+    with caplog.at_level(logging.INFO, logger="transferkit"):
+        note_enlarging(enlarged, pictures)
+        assert "pictures of 20 px are enlarged to the network's 64 px" in caplog.text
+        caplog.clear()
+        note_enlarging(adapted, pictures)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])

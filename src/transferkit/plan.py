@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+import logging
 
+import torch
+from PIL import Image
+
+from transferkit.loading import in_channels
 from transferkit.model import TransferModel
 from transferkit.recipes import Recipe
-from transferkit.sources import PictureData
+from transferkit.sources import LabelledPictures, PictureData
 
-__all__ = ["plan_text"]
+__all__ = ["note_enlarging", "plan_text"]
+
+logger = logging.getLogger("transferkit")
 
 
 def plan_text(
@@ -53,3 +59,31 @@ def plan_text(
         lr = policy.phase_lrs().get(epoch)
         lines.append(f"from epoch {epoch + 1}: {training}{f' at lr {lr:g}' if lr else ''}")
     return "\n".join(lines)
+
+
+def note_enlarging(model: TransferModel, source: LabelledPictures) -> None:
+    """Say in the log that pictures are enlarged to more than twice their size; their first one is read for it.
+
+    Args:
+        model: What is trained. A stem that was adapted to small pictures has its own line in the log.
+        source: The training pictures, 1 or more.
+
+    Raises:
+        PictureError: The first picture cannot be read.
+
+    Example:
+        >>> from transferkit.create import create_model
+        >>> model = create_model("timm/test_efficientnet", weights=None, num_classes=2, image_size=96)
+        >>> note_enlarging(model, [(Image.new("RGB", (64, 48)), 0)])  # says nothing: they are half as large
+    """
+    if model.small_images != "upsample":
+        return
+    picture, _ = in_channels(source, model.preprocessing.channels)[0]
+    side = min(picture.size if isinstance(picture, Image.Image) else picture.shape[-2:])
+    if side < model.preprocessing.size // 2:
+        logger.info(
+            "pictures of %d px are enlarged to the network's %d px (small_images='upsample'); 'stem' adapts the "
+            "network to them instead, and image_size= sets another size",
+            side,
+            model.preprocessing.size,
+        )

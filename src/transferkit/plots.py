@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from transferkit.exceptions import OutputError, SettingError
 
@@ -42,7 +43,8 @@ class PredictionView:
     """One picture and what a model said about it.
 
     Args:
-        image: The picture, of any size and mode.
+        image: The picture, of any size and mode; of a tensor (C, H, W), uint8 or floats in [0, 1], with more than three
+            channels the first three are drawn.
         predicted: Name of the predicted class.
         confidence: The model's probability for it, from 0 to 1.
         actual: Name of the true class, or ``None`` when it is not known.
@@ -52,7 +54,7 @@ class PredictionView:
         False
     """
 
-    image: Image.Image
+    image: Image.Image | Tensor
     predicted: str
     confidence: float
     actual: str | None = None
@@ -171,12 +173,13 @@ def plot_predictions(items: Sequence[PredictionView], *, columns: int = 4) -> Fi
 
 
 def plot_samples(
-    images: Sequence[Image.Image | np.ndarray[Any, Any]], labels: Sequence[str], *, columns: int = 4
+    images: Sequence[Image.Image | Tensor | np.ndarray[Any, Any]], labels: Sequence[str], *, columns: int = 4
 ) -> Figure:
     """Draw pictures with the names of their classes, to look at a data set before training on it.
 
     Args:
-        images: Pillow images, or arrays ``(H, W)`` or ``(H, W, 3)`` of uint8, or of floats in [0, 1].
+        images: Pillow images, or arrays ``(H, W)`` or ``(H, W, 3)`` or tensors ``(C, H, W)`` of uint8, or of floats in
+            [0, 1]; of more than three channels the first three are drawn.
         labels: One class name per image.
         columns: Pictures per row, 1 or more.
 
@@ -285,7 +288,7 @@ def _prediction_title(item: PredictionView) -> str:
 
 
 def _picture_grid(
-    images: Sequence[Image.Image | np.ndarray[Any, Any]],
+    images: Sequence[Image.Image | Tensor | np.ndarray[Any, Any]],
     titles: Sequence[str],
     colours: Sequence[str],
     *,
@@ -325,7 +328,9 @@ def _picture_grid(
     return figure
 
 
-def _pixels(image: Image.Image | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _pixels(image: Image.Image | Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if isinstance(image, Tensor):
+        image = (image[:3].permute(1, 2, 0) if len(image) > 2 else image[0]).numpy()
     if isinstance(image, np.ndarray):
         levels = image if image.dtype == np.uint8 else np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
         image = Image.fromarray(levels)

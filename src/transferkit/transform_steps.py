@@ -13,6 +13,7 @@ from transferkit.exceptions import DataError
 
 __all__ = ["OnColours", "PadToSquare", "ToTensor", "TrivialAugment"]
 
+# TrivialAugment's names of the changes that move pixels, or do nothing.
 _GEOMETRY = frozenset({"Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
 
 

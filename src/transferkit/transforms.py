@@ -42,7 +42,6 @@ __all__ = [
 
 Transform = Callable[[Any], Tensor]
 
-# TrivialAugment's names of the changes that move pixels, or do nothing.
 CIFAR10_PREPROCESSING = Preprocessing(
     size=32, resize_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
 )

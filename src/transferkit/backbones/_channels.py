@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.exceptions import SettingError
-from transferkit.heads import replace_module
 
 __all__ = ["adapt_channels", "change_channels", "input_convolutions"]
 
@@ -88,25 +87,15 @@ def change_channels(network: nn.Module, in_chans: int) -> None:
         >>> network[0]
         Conv2d(1, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    path = next(iter(input_convolutions(network)), "")
-    old = network.get_submodule(path)
-    if not isinstance(old, nn.Conv2d) or old.in_channels != 3:
+    convolution = network.get_submodule(next(iter(input_convolutions(network)), ""))
+    if not isinstance(convolution, nn.Conv2d) or convolution.in_channels != 3:
         raise SettingError(
             f"{type(network).__name__} has no first convolution for pictures of 3 channels, so in_chans={in_chans} "
             "cannot be had; leave in_chans alone"
         )
-    new = type(old)(
-        in_chans,
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
-        stride=old.stride,  # type: ignore[arg-type]
-        padding=old.padding,  # type: ignore[arg-type]
-        dilation=old.dilation,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-        device="meta",
-    )
+    old = convolution.weight
     with torch.no_grad():
-        weight = adapt_channels({"weight": old.weight}, first_convs=[""], in_chans=in_chans)["weight"]
-        new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
-    new.bias = old.bias
-    replace_module(network, path, new)
+        weight = adapt_channels({"weight": old}, first_convs=[""], in_chans=in_chans)["weight"]
+    convolution.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    # A kernel that saw one channel alone sees all of them from now on, as the adapted weight has it.
+    convolution.in_channels, convolution.groups = in_chans, 1

@@ -29,6 +29,8 @@ WEIGHTS_FILES = (".pth", ".pt", ".th", ".bin", ".safetensors")
 _SMALL = 32
 """Side of the pictures of CIFAR, in pixels."""
 
+_AUXILIARY = {("torchvision", architecture) for architecture in _torchvision.AUXILIARY}
+
 _LIBRARIES: dict[str, Any] = {"torchvision": _torchvision, "timm": _timm}
 
 
@@ -112,7 +114,8 @@ def load_backbone(
             state dict (``.pth`` or ``.safetensors``); ``None`` for random weights.
         image_size: Input side in pixels, or ``None`` for the size the weights were trained at.
         in_chans: Channels of the pictures; pretrained kernels are summed for 1 and repeated for more than 3.
-        aux: What becomes of auxiliary classifiers (GoogLeNet, Inception v3): ``"train"`` or ``"drop"``.
+        aux: What becomes of auxiliary classifiers (GoogLeNet, Inception v3): ``"drop"``, or ``"train"``, which
+            other networks do not take.
         small_images: ``"upsample"`` leaves the network alone and enlarges small pictures to its size; ``"stem"`` adapts
             its stem, with its weights, so that they keep their resolution (32 px unless ``image_size`` says otherwise).
 
@@ -128,6 +131,8 @@ def load_backbone(
     if small_images not in ("upsample", "stem"):
         raise SettingError(f"small_images={small_images!r}; it can be 'upsample' or 'stem'")
     library, architecture = resolve_name(name)
+    if aux == "train" and (library, architecture) not in _AUXILIARY:
+        raise SettingError(f"{library}/{architecture} has no auxiliary classifiers to train; leave aux alone")
     options: dict[str, Any] = {}
     if small_images == "stem":
         image_size = _SMALL if image_size is None else image_size
@@ -140,8 +145,8 @@ def load_backbone(
         weights=None if late else chosen,
         image_size=image_size,
         in_chans=in_chans,
-        aux=aux == "train",
         options=options,
+        **({"aux": True} if aux == "train" else {}),
     )
     if small_images == "stem":
         backbone = _with_small_stem(backbone, options)

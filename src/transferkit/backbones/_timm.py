@@ -116,7 +116,6 @@ def load(
     weights: str | Path | None,
     image_size: int | None = None,
     in_chans: int = 3,
-    aux: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """Build ``architecture`` with pretrained weights; its own head is there to be replaced.
@@ -126,7 +125,6 @@ def load(
         weights: ``"default"`` (the name's tag, or timm's first), ``"bundled"``, another tag, a path, or ``None``.
         image_size: Input side in pixels where it differs from the weights', or ``None``.
         in_chans: Channels of the pictures.
-        aux: Of no effect: timm builds its networks without auxiliary classifiers.
         options: More keyword arguments for the native builder.
 
     Raises:

@@ -19,14 +19,14 @@ from transferkit.backbones._weights import fit_state_dict
 from transferkit.exceptions import SettingError, WeightsError, closest
 from transferkit.preprocessing import Preprocessing
 
-__all__ = ["auxiliary", "build", "find_head_paths", "list_names", "load", "model_info"]
+__all__ = ["AUXILIARY", "auxiliary", "build", "find_head_paths", "list_names", "load", "model_info"]
 
 _IMAGENET_CLASSES = 1000
 _VIT_SIZE = 224
 
-# The names of their auxiliary classifiers and the weight of each one's loss: Szegedy et al. 2015 §5, and torchvision's
-# and the fine-tuning tutorials' custom for the other.
-_AUXILIARY = {"googlenet": (("aux1", "aux2"), 0.3), "inception_v3": (("AuxLogits",), 0.4)}
+# Szegedy et al. 2015 §5 state the weight of the first, torchvision's fine-tuning tutorials that of the other.
+AUXILIARY = {"googlenet": (("aux1", "aux2"), 0.3), "inception_v3": (("AuxLogits",), 0.4)}
+"""By architecture the names of its auxiliary classifiers and the weight of each one's loss."""
 
 
 @cache
@@ -81,18 +81,18 @@ def auxiliary(network: nn.Module) -> tuple[tuple[str, ...], float]:
     """Return the auxiliary classification layers of a network that is there already, and the weight of their losses."""
     for kind, architecture, layer in ((GoogLeNet, "googlenet", "fc2"), (Inception3, "inception_v3", "fc")):
         if isinstance(network, kind) and network.aux_logits:
-            modules, weight = _AUXILIARY[architecture]
+            modules, weight = AUXILIARY[architecture]
             return tuple(f"{module}.{layer}" for module in modules), weight
     return (), 0.0
 
 
 def _is_auxiliary(key: str) -> bool:
-    return any(key.partition(".")[0] in modules for modules, _ in _AUXILIARY.values())
+    return any(key.partition(".")[0] in modules for modules, _ in AUXILIARY.values())
 
 
 def build(architecture: str, *, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
     """Build the native network with random weights and ``num_classes`` outputs; downloads nothing."""
-    extra = {"init_weights": False} if architecture in _AUXILIARY else {}
+    extra = {"init_weights": False} if architecture in AUXILIARY else {}
     network: nn.Module = models.get_model(architecture, weights=None, num_classes=num_classes, **arguments, **extra)
     return network
 
@@ -126,11 +126,11 @@ def load(
         preprocessing = preprocessing.resized(image_size)
     arguments: dict[str, Any] = {}
     aux_weight = 0.0
-    if architecture in _AUXILIARY:
+    if architecture in AUXILIARY:
         # Their pretrained weights expect pixels from -1 to 1: the network turns ImageNet's normalisation into that,
         # which it can do for three channels only.
         arguments = {"aux_logits": aux, "transform_input": in_chans == 3}
-        aux_weight = _AUXILIARY[architecture][1] if aux else 0.0
+        aux_weight = AUXILIARY[architecture][1] if aux else 0.0
         if in_chans != 3:
             preprocessing = replace(preprocessing, mean=(0.5,) * 3, std=(0.5,) * 3)
     if architecture.startswith("vit_") and preprocessing.size != _VIT_SIZE:
