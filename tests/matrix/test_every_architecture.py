@@ -9,7 +9,7 @@ from architectures import PAGE, Row, examine_all, render
 
 from transferkit.backbones import list_models
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.matrix, pytest.mark.long, pytest.mark.timeout(1800)]
 
 # timm's encoders have no classifier, and timm offers no way to give them one.
 ENCODERS = {
