@@ -20,7 +20,7 @@ from transferkit import (
     save_artifact,
     train_transform,
 )
-from transferkit.trainer import collect_logits
+from transferkit.evaluation import collect_logits
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import transferkit.callbacks
 from transferkit.callbacks import (
+    EMA,
     HOOKS,
     BestCheckpoint,
     Callback,
@@ -17,6 +18,7 @@ from transferkit.callbacks import (
     EarlyStopping,
     LRScheduler,
     Progress,
+    ResumeCheckpoint,
     TensorBoard,
     UnfreezeLogger,
 )
@@ -36,12 +38,14 @@ from transferkit.schedules import (
 from transferkit.trainer import Trainer
 
 MAKE = {
+    "EMA": lambda folder: EMA(),
     "BestCheckpoint": lambda folder: BestCheckpoint(folder / "best"),
     "CSVLogger": lambda folder: CSVLogger(folder / "deep" / "history.csv"),
     "Callback": lambda folder: Callback(),
     "EarlyStopping": lambda folder: EarlyStopping(patience=1),
     "LRScheduler": lambda folder: LRScheduler(Cosine()),
     "Progress": lambda folder: Progress(Console(file=io.StringIO())),
+    "ResumeCheckpoint": lambda folder: ResumeCheckpoint(folder / "resume"),
     "TensorBoard": lambda folder: TensorBoard(folder / "tensorboard"),
     "UnfreezeLogger": lambda folder: UnfreezeLogger(),
 }
@@ -117,7 +121,8 @@ def test_hooks_come_in_their_order_with_the_trainer(tiny_model):
     fitted(tiny_model(), recorder, epochs=2)
     epoch = [
         "on_train_epoch_start",
-        *["on_train_batch_start", "on_train_batch_end"] * 2,
+        *["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"] * 2,
+        "on_validation_start",
         "on_validation_end",
         "on_train_epoch_end",
     ]

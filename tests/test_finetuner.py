@@ -26,6 +26,7 @@ from transferkit.exceptions import (
 )
 from transferkit.history import History
 from transferkit.preprocessing import Preprocessing
+from transferkit.sources import PictureData
 
 COLOURS = ("blue", "green", "red")
 TINY = {
@@ -245,6 +246,39 @@ def test_a_folder_without_a_split_is_split_by_seed(picture_folder):
     assert tuner.data.val_counts() == dict.fromkeys(COLOURS, 3)
 
 
+def test_tensors_of_five_channels_are_trained_on_and_drawn():
+    pictures = [(torch.rand(5, 32, 32), index % 2) for index in range(16)]
+    tuner = fitted((pictures, pictures), in_chans=5, epochs=1)
+    assert tuner.evaluate(pictures)["count"] == 16
+    assert len(tuner.plot_predictions(count=3).axes) == 3
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["a list of pairs", "a class of one's own"])
+def test_sources_that_know_nothing_of_channels_are_trained_on_and_drawn(picture_folder, wrapped):
+    class Own:
+        def __init__(self, pictures):
+            self.pictures = pictures
+
+        def __len__(self):
+            return len(self.pictures)
+
+        def __getitem__(self, index):
+            return self.pictures[index]
+
+        def labels(self):
+            return [label for _, label in self.pictures]
+
+        def name(self, index):
+            return f"picture {index}"
+
+    known = image_folder(picture_folder)
+    train, val = ([part[index] for index in range(len(part))] for part in (known.train, known.val))
+    data = PictureData(Own(train), Own(val), COLOURS) if wrapped else PictureData(train, val, COLOURS)
+    tuner = fitted(data, epochs=1)
+    assert tuner.history.best().val_loss == fitted(known, epochs=1).history.best().val_loss
+    assert len(tuner.plot_predictions(count=3).axes) == 3
+
+
 def test_other_data_is_refused(picture_folder):
     with pytest.raises(DataError, match="cannot fit a list"):
         tuner_of().fit([1, 2])
@@ -285,7 +319,7 @@ def test_a_folder_with_another_run_is_left_alone_unless_it_may_be_replaced(pictu
     fitted(picture_folder, epochs=1, output_dir=tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(OutputError, match=r"already holds a run \(config.json\); choose another folder, or"):
+    with pytest.raises(OutputError, match=r"already holds a run \(config.json\); choose another folder, go on"):
         fitted(picture_folder, epochs=1, seed=1, output_dir=tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     tuner = fitted(picture_folder, epochs=2, seed=1, output_dir=tmp_path, overwrite=True)
@@ -361,7 +395,7 @@ def test_constructing_does_nothing(tmp_path):
         ({"mixup": -0.1}, "mixup and cutmix must be 0 or more"),
         ({"cutmix": math.inf}, "mixup and cutmix must be 0 or more"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm must be above 0, or None"),
-        ({"class_weights": [1.0, -1.0]}, "class_weights must be 0 or more"),
+        ({"class_weights": [1.0, -1.0]}, "class_weights must be above 0"),
     ],
     ids=str,
 )

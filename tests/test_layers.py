@@ -23,7 +23,7 @@ PACKAGE = Path(importlib.util.find_spec("transferkit").origin or "").parent  # t
 
 # DESIGN §2, lowest first; a module may import from its own layer and from those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "exceptions", "preprocessing", "randomness", "heads", "metrics", "history"),
+    ("__init__", "exceptions", "preprocessing", "randomness", "heads", "metrics", "history", "interrupts", "resume"),
     (
         "backbones",
         "backbones._adapt",
@@ -38,16 +38,32 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "backbones.stem",
     ),
     ("model", "create", "transform_steps", "transforms", "pictures"),
-    ("freezing", "optim", "schedules", "sources", "data", "loading", "callbacks._base", "devices"),
+    (
+        "freezing",
+        "optim",
+        "schedules",
+        "sources",
+        "data",
+        "loading",
+        "callbacks._base",
+        "devices",
+        "batches",
+        "evaluation",
+        "distribution",
+        "identity",
+    ),
     (
         "trainer",
+        "gradients",
         "checkpoint",
         "callbacks",
+        "callbacks.averaging",
         "callbacks.checkpointing",
         "callbacks.logging",
         "callbacks.lr_scheduler",
+        "callbacks.resuming",
     ),
-    ("prediction", "recipes", "plan", "run_folder", "finetuner", "plots"),
+    ("prediction", "recipes", "plan", "run_folder", "finetuner", "plots", "lr_finder"),
     ("demo", "cli", "__main__"),
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}

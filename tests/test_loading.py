@@ -1,5 +1,6 @@
 import pickle
 import re
+from collections import Counter
 from contextlib import suppress
 from multiprocessing import active_children
 from pathlib import Path
@@ -24,6 +25,7 @@ from transferkit.data import (
     read_picture,
 )
 from transferkit.exceptions import DataError, PictureError, SettingError
+from transferkit.loading import in_channels
 from transferkit.preprocessing import Preprocessing
 from transferkit.transforms import eval_transform, train_transform
 
@@ -68,7 +70,7 @@ def test_evaluation_shards_hold_every_index_exactly_once(count, world_size, seed
     for shard in shards:
         shard.set_epoch(epoch)
     assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
-    assert sorted(key for shard in shards for key in shard) == [(epoch, index) for index in range(count)]
+    assert sorted(key for shard in shards for key in shard) == [(epoch, index, 0) for index in range(count)]
 
 
 @given(world_size=st.integers(1, 7), extra=st.integers(0, 50), seed=st.integers(0, 9), epoch=st.integers(0, 9))
@@ -81,7 +83,7 @@ def test_training_shards_are_equal_and_drop_fewer_than_the_processes(world_size,
         assert len(list(shard)) == len(shard) == count // world_size
         keys.extend(shard)
     assert len(set(keys)) == len(keys) == count - count % world_size
-    assert all(epoch == key[0] and 0 <= key[1] < count for key in keys)
+    assert all(epoch == key[0] and 0 <= key[1] < count and key[2] == 0 for key in keys)
 
 
 def test_two_processes_together_see_the_order_one_process_sees():
@@ -95,7 +97,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
         sampler = EpochSampler(20, seed=seed, shuffle=True)
         sampler.set_epoch(epoch)
         torch.rand(1)
-        return [index for _, index in sampler]
+        return [index for _, index, _ in sampler]
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
@@ -106,6 +108,159 @@ def test_impossible_shards_are_refused():
         EpochSampler(5, seed=0, shuffle=True, rank=2, world_size=2)
     with pytest.raises(SettingError, match="2 pictures cannot be shared by 3 processes"):
         EpochSampler(2, seed=0, shuffle=True, world_size=3)
+
+
+# Balance
+
+LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=60)
+
+
+def balanced(labels, *, seed=0, epoch=0, **shard):
+    sampler = EpochSampler(len(labels), seed=seed, shuffle=True, labels=labels, **shard)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+@given(labels=LABELS, seed=st.integers(0, 9), epoch=st.integers(0, 9))
+def test_a_balanced_epoch_is_as_long_and_has_every_class_equally_often(labels, seed, epoch):
+    keys = list(balanced(labels, seed=seed, epoch=epoch))
+    assert len(keys) == len(labels)
+    assert {key[0] for key in keys} == {epoch}
+    counts = Counter(labels[index] for _, index, _ in keys)
+    assert max(counts.values()) - min(counts[label] for label in set(labels)) <= 1
+
+
+@given(labels=LABELS, seed=st.integers(0, 9))
+def test_no_picture_comes_again_before_all_of_its_class_have(labels, seed):
+    seen = Counter()
+    for _, index, view in balanced(labels, seed=seed):
+        same = [seen[other] for other, label in enumerate(labels) if label == labels[index]]
+        assert view == seen[index] == min(same)
+        seen[index] += 1
+
+
+@given(labels=LABELS, world_size=st.integers(1, 5))
+def test_processes_share_a_balanced_epoch_without_overlap(labels, world_size):
+    world_size = min(world_size, len(labels))
+    alone = list(balanced(labels, epoch=2))
+    shards = [balanced(labels, epoch=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(shard) for shard in shards} == {len(list(shard)) for shard in shards} == {len(labels) // world_size}
+    together = [key for step in zip(*shards, strict=True) for key in step]
+    assert together == alone[: len(labels) - len(labels) % world_size]
+
+
+def test_a_balanced_order_depends_on_seed_and_epoch_alone():
+    labels = [0] * 3 + [1] * 20
+    orders = {tuple(key[1:] for key in balanced(labels, seed=s, epoch=e)) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+    np.random.seed(5)  # noqa: NPY002
+    assert list(balanced(labels, seed=1)) == list(balanced(labels, seed=1))
+
+
+def test_which_class_gets_one_more_changes_and_large_classes_take_turns():
+    labels = [0] * 2 + [1] * 2 + [2] * 12
+    epochs = [list(balanced(labels, epoch=epoch)) for epoch in range(30)]
+    counts = [Counter(labels[index] for _, index, _ in keys) for keys in epochs]
+    assert all(sorted(each.values()) == [5, 5, 6] for each in counts)
+    assert {label for each in counts for label in each if each[label] == 6} == {0, 1, 2}
+    assert {index for keys in epochs for _, index, _ in keys} == set(range(16))
+
+
+def test_repeated_pictures_are_augmented_differently_and_alike_with_workers(tmp_path):
+    data = image_folder(make(tmp_path, train__a=1, train__b=7, val__a=1, val__b=1))
+    alone = loader(data.train, TRAIN, batch_size=4, train=True, balanced=True)
+    helped = loader(data.train, TRAIN, batch_size=4, train=True, balanced=True, num_workers=2)
+    seen = batches(alone, 3)
+    assert equal(seen, batches(helped, 3))
+    repeats = torch.cat([images[labels == 0] for images, labels in seen])
+    assert len(repeats) == 4
+    assert len({tuple(image.flatten().tolist()) for image in repeats}) == 4
+
+
+def test_plain_pairs_can_be_balanced():
+    labels = torch.cat([labels for _, labels in batches(loader(pairs(0, 1, 1, 1), EVAL, batch_size=2, train=True))])
+    assert labels.sum() == 3
+    even = loader(pairs(0, 1, 1, 1), EVAL, batch_size=2, train=True, balanced=True)
+    assert torch.cat([labels for _, labels in batches(even)]).sum() == 2
+
+
+def test_impossible_balance_is_refused():
+    with pytest.raises(SettingError, match="2 labels for 3 pictures; give one label per picture"):
+        EpochSampler(3, shuffle=True, labels=[0, 1])
+    with pytest.raises(SettingError, match="labels balance the classes of a shuffled order"):
+        EpochSampler(2, shuffle=False, labels=[0, 1])
+    with pytest.raises(SettingError, match="balanced=True is for training"):
+        loader(pairs(0, 1), EVAL, batch_size=1, train=False, balanced=True)
+
+
+# A place in the epoch
+
+
+@given(
+    count=st.integers(4, 40),
+    shuffle=st.booleans(),
+    even=st.booleans(),
+    world_size=st.integers(1, 3),
+    rank=st.integers(0, 2),
+    skip=st.integers(0, 45),
+)
+def test_what_follows_skipped_pictures_is_the_tail_of_the_whole_epoch(count, shuffle, even, world_size, rank, skip):
+    labels = [index % 3 for index in range(count)] if shuffle and even else None
+    shard = {"rank": min(rank, world_size - 1), "world_size": world_size}
+    sampler = EpochSampler(count, seed=1, shuffle=shuffle, labels=labels, **shard)
+    sampler.set_epoch(4)
+    whole = list(sampler)
+    sampler.set_epoch(4, skip=skip)
+    assert list(sampler) == whole[skip:]
+    assert len(sampler) == len(whole)
+    assert list(sampler.keys()) == whole
+    sampler.set_epoch(4)
+    assert list(sampler) == whole
+
+
+class Reading(list):
+    """Pairs that remember which of them were read."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("count", [7, 8, 9])  # a last batch of one, which is left out, of two, and a full one
+def test_a_loader_goes_on_within_an_epoch_without_reading_what_was_before(count):
+    source = Reading(pairs(*[0] * count))
+    loaded = loader(source, TRAIN, batch_size=3, train=True)
+    whole = batches(loaded, 2)
+    source.read.clear()
+    for done in range(len(whole) + 1):
+        loaded.sampler.set_epoch(2, skip=3 * done)
+        assert equal(list(loaded), whole[done:])
+        assert len(loaded) == len(whole)
+    loaded.sampler.set_epoch(2, skip=3)
+    source.read.clear()
+    list(loaded)
+    assert source.read == [index for _, index, _ in loaded.sampler.keys(3, 3 * len(whole))]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_batch_names_its_pictures_without_reading_them(tmp_path, train):
+    data = image_folder(make(tmp_path, a=4, b=5))
+    loaded = loader(data.train, pil_to_tensor, batch_size=3, train=train, balanced=train)
+    loaded.sampler.set_epoch(5, skip=3)
+    named = [loaded.names(batch) for batch in range(len(loaded))]
+    loaded.sampler.set_epoch(5)
+    for names, (images, _) in zip(named, loaded, strict=True):
+        read = [pil_to_tensor(Image.open(name)) for name in names]
+        assert torch.equal(torch.stack(read), images)
+
+
+def test_pictures_without_names_are_named_by_their_index():
+    loaded = loader(pairs(0, 1, 1), EVAL, batch_size=2, train=False)
+    assert [loaded.names(0), loaded.names(1), loaded.names(2)] == [["0", "1"], ["2"], []]
 
 
 # Batches
@@ -122,14 +277,14 @@ def test_workers_and_epochs_do_not_change_what_is_seen(tmp_path):
     assert not equal(first, second)
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index():
+def test_augmentation_is_a_function_of_seed_epoch_index_and_view():
     data = from_datasets(FakeData(4, (3, 16, 16), 2), FakeData(4, (3, 16, 16), 2), class_names="ab")
     dataset = TransformedDataset(data.train, TRAIN, seed=1)
-    picture = dataset[2, 3][0]
+    picture = dataset[2, 3, 0][0]
     torch.rand(5)
-    assert torch.equal(picture, dataset[2, 3][0])
-    assert torch.equal(dataset[3][0], dataset[0, 3][0])
-    others = [dataset[1, 3][0], TransformedDataset(data.train, TRAIN, seed=2)[2, 3][0]]
+    assert torch.equal(picture, dataset[2, 3, 0][0])
+    assert torch.equal(dataset[3][0], dataset[0, 3, 0][0])
+    others = [dataset[1, 3, 0][0], dataset[2, 3, 1][0], TransformedDataset(data.train, TRAIN, seed=2)[2, 3, 0][0]]
     assert not any(torch.equal(picture, other) for other in others)
 
 
@@ -230,6 +385,13 @@ def test_a_transform_of_one_s_own_gets_what_the_source_was_asked_for():
     assert data.val.with_channels(4).labels() == data.val.labels()
 
 
+def test_a_source_that_knows_no_channels_is_left_as_it_is(tmp_path):
+    plain = pairs(0, 1)
+    assert in_channels(plain, 4) is plain
+    files = image_folder(make(tmp_path, a=2, b=2)).train
+    assert in_channels(files, 4)[0][0].mode == "RGBA"
+
+
 def test_files_are_refused_at_once_for_channels_they_do_not_have(tmp_path):
     source = labelled_folder(make(tmp_path, a=1), ["a"])
     with pytest.raises(DataError, match=r"the network takes 5; hand its pictures over as tensors \(5, H, W\)"):
@@ -261,7 +423,7 @@ def test_worker_processes_end_with_the_loader_that_failed():
 
 def test_data_sets_travel_to_worker_processes():
     dataset = TransformedDataset(from_datasets(pairs(0, 1), pairs(0)).train, TRAIN, seed=0)
-    assert torch.equal(pickle.loads(pickle.dumps(dataset))[1, 1][0], dataset[1, 1][0])
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[1, 1, 0][0], dataset[1, 1, 0][0])
     files = PictureFiles([Picture("a.png", 0)])
     assert pickle.loads(pickle.dumps(files)) == files
 

@@ -13,12 +13,14 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "backbones": ["list_models", "model_info"],
     "callbacks": [
+        "EMA",
         "BestCheckpoint",
         "CSVLogger",
         "Callback",
         "EarlyStopping",
         "LRScheduler",
         "Progress",
+        "ResumeCheckpoint",
         "TensorBoard",
         "UnfreezeLogger",
     ],
@@ -49,6 +51,7 @@ _EXPORTS = {
         "TrainLast",
     ],
     "history": ["EpochRecord", "History"],
+    "interrupts": ["Interrupted"],
     "metrics": ["Evaluation"],
     "model": ["Stage", "TrainingOutput", "TransferModel"],
     "optim": ["build_optimizer", "param_groups"],
@@ -80,12 +83,14 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from transferkit.backbones import list_models as list_models, model_info as model_info
     from transferkit.callbacks import (
+        EMA as EMA,
         BestCheckpoint as BestCheckpoint,
         Callback as Callback,
         CSVLogger as CSVLogger,
         EarlyStopping as EarlyStopping,
         LRScheduler as LRScheduler,
         Progress as Progress,
+        ResumeCheckpoint as ResumeCheckpoint,
         TensorBoard as TensorBoard,
         UnfreezeLogger as UnfreezeLogger,
     )
@@ -121,6 +126,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         TrainLast as TrainLast,
     )
     from transferkit.history import EpochRecord as EpochRecord, History as History
+    from transferkit.interrupts import Interrupted as Interrupted
     from transferkit.metrics import Evaluation as Evaluation
     from transferkit.model import Stage as Stage, TrainingOutput as TrainingOutput, TransferModel as TransferModel
     from transferkit.optim import build_optimizer as build_optimizer, param_groups as param_groups

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,16 @@ from transferkit.model import TransferModel
 from transferkit.preprocessing import Preprocessing
 from transferkit.transforms import eval_transform
 
-__all__ = ["CONFIG", "HISTORY", "WEIGHTS", "load_artifact", "load_weights", "read_config", "save_artifact"]
+__all__ = [
+    "CONFIG",
+    "HISTORY",
+    "WEIGHTS",
+    "load_artifact",
+    "load_weights",
+    "read_config",
+    "read_weights",
+    "save_artifact",
+]
 
 WEIGHTS, CONFIG, HISTORY = "model.safetensors", "config.json", "history.csv"
 _FORMAT = 1
@@ -34,7 +45,11 @@ _ARGUMENTS = {"aux_logits", "image_size", "img_size", "in_chans", "patch_size", 
 
 
 def save_artifact(
-    model: TransferModel, directory: str | os.PathLike[str], *, extra: dict[str, Any] | None = None
+    model: TransferModel,
+    directory: str | os.PathLike[str],
+    *,
+    extra: dict[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Save a model so that transferkit, and where it is native its own library, can open it.
 
@@ -44,6 +59,7 @@ def save_artifact(
         model: What to save.
         directory: Folder to write into; made if missing.
         extra: More JSON values to keep under ``"run"`` in ``config.json``.
+        weights: The network's tensors by native key, where the model does not hold them whole; ``None`` for its own.
 
     Returns:
         The folder.
@@ -56,12 +72,13 @@ def save_artifact(
     folder = Path(directory)
     text = json.dumps(_config(model, extra), indent=2, ensure_ascii=False) + "\n"
     partials = {folder / f".{name}.partial": folder / name for name in (WEIGHTS, CONFIG)}
-    weights, config = partials
+    tensors, config = partials
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(_tensors(model.network), weights, metadata={"format": "pt"})
+            save_file(_separate(weights or model.network.state_dict()), tensors, metadata={"format": "pt"})
             config.write_text(text, encoding="utf-8")
+            shutil.copymode(config, tensors)  # safetensors lets nobody else read its files
             for partial, target in partials.items():
                 partial.replace(target)
         finally:
@@ -72,9 +89,9 @@ def save_artifact(
     return folder
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share memory, so tied weights are written twice.
-    return {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
 
 def _config(model: TransferModel, extra: dict[str, Any] | None) -> dict[str, Any]:
@@ -213,11 +230,27 @@ def load_weights(model: TransferModel, directory: str | os.PathLike[str]) -> Non
     Raises:
         ArtifactError: The file is missing, damaged, or does not fit.
     """
-    file = Path(directory) / WEIGHTS
+    tensors = read_weights(directory)
     try:
-        model.network.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ArtifactError(f"{file} does not hold the weights of this model: {_one_line(error)}") from error
+        model.network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise _unfit(directory, error) from error
+
+
+def read_weights(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a saved model by native key.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    try:
+        return load_file(Path(directory) / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise _unfit(directory, error) from error
+
+
+def _unfit(directory: str | os.PathLike[str], error: Exception) -> ArtifactError:
+    return ArtifactError(f"{Path(directory) / WEIGHTS} does not hold the weights of this model: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:

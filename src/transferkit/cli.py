@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from transferkit import __version__
 from transferkit.exceptions import TransferkitError
+from transferkit.interrupts import EXIT_CODE, Interrupted
 
 __all__ = ["app", "main"]
 
@@ -30,15 +32,15 @@ Run = Annotated[Path, typer.Argument(help="Output folder of a run, or any saved 
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with one sentence and exit code 2."""
+    """Run the command line; a mistake of the user's ends with one sentence and exit code 2, an interrupt with 130."""
     try:
         app()
     except TransferkitError as error:
         typer.echo(f"transferkit: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("transferkit: interrupted", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt as error:  # Interrupted is one, and says where
+        typer.echo(f"transferkit: {error or 'interrupted'}", err=True)
+        sys.exit(EXIT_CODE)
 
 
 def _print_version(wanted: bool) -> None:
@@ -106,17 +108,32 @@ def finetune(
     augment: Annotated[
         str | None, typer.Option(help="light, imagenet, cifar, trivial_augment or none; the recipe's by default.")
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="constant, step, exponential, cosine, one_cycle or plateau; the recipe's by default."),
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Draw every class equally often.")] = False,
+    ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, 0.999 for example.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Epochs without a better one after which to stop.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share held out where the data has no val/.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-OF-DATA by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there, if one is.")] = False,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between two resume states; by default one per epoch.")
+    ] = None,
+    checkpoint_interval: Annotated[float, typer.Option(help="Seconds between two resume states at least.")] = 5.0,
     device: Device = None,
+    shard: Annotated[bool, typer.Option("--shard", help="Spread the network over the processes (FSDP2).")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a pretrained network on a folder of pictures; saves the best model, curves and predictions."""
     import time
 
+    from transferkit.devices import is_main_process
     from transferkit.finetuner import Finetuner
 
     started = time.perf_counter()
@@ -132,14 +149,31 @@ def finetune(
         in_chans=in_chans,
         small_images=small_images,
         train_preset=augment,
+        schedule=schedule,
+        accumulate=accumulate,
+        balanced=balanced,
+        ema=ema,
+        patience=patience,
         val_fraction=val_fraction,
         seed=seed,
         output_dir=folder,
         overwrite=overwrite,
+        checkpoint_every=checkpoint_every,
+        checkpoint_interval=checkpoint_interval,
         device=device,
+        shard=shard,
         num_workers=workers,
+        progress=is_main_process(),
     )
-    history = tuner.fit(data)
+    try:
+        history = tuner.fit(data, resume="auto" if resume else None)
+    except Interrupted as error:
+        if not is_main_process():
+            raise SystemExit(EXIT_CODE) from None
+        again = [each for each in sys.argv[1:] if each not in ("--resume", "--overwrite")]
+        raise Interrupted(f"{error}; to go on:\n  transferkit {shlex.join([*again, '--resume'])}") from None
+    if not is_main_process():
+        return
     tuner.plot_history(folder / "curves.png")
     tuner.plot_predictions(folder / "predictions.png")
     best = history.best()

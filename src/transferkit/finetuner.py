@@ -6,31 +6,43 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import to_pil_image
 
-from transferkit.callbacks import BestCheckpoint, Callback, CSVLogger, LRScheduler, Progress, UnfreezeLogger
+from transferkit.callbacks import (
+    EMA,
+    BestCheckpoint,
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    LRScheduler,
+    Progress,
+    ResumeCheckpoint,
+    UnfreezeLogger,
+)
+from transferkit.callbacks.resuming import check_pace
 from transferkit.checkpoint import HISTORY, WEIGHTS, load_artifact, save_artifact
 from transferkit.create import adapt, create_model
 from transferkit.data import from_datasets, image_folder, labelled_folder
-from transferkit.devices import choose_device
+from transferkit.devices import choose_device, is_main_process
+from transferkit.distribution import check_same_everywhere, load_network_state, share_object
+from transferkit.evaluation import collect_logits
 from transferkit.exceptions import DataError, SettingError
 from transferkit.freezing import FreezePolicy, policy_from_text
 from transferkit.heads import Head
 from transferkit.history import History
-from transferkit.loading import loader
+from transferkit.identity import check_same_run, run_identity
+from transferkit.loading import in_channels, loader
 from transferkit.metrics import evaluate_logits
 from transferkit.model import TransferModel
 from transferkit.optim import OptimizerFactory, build_optimizer, check_rates, find_optimizer, param_groups
-from transferkit.plan import plan_text
+from transferkit.plan import note_enlarging, plan_text
 from transferkit.prediction import Pictures, Prediction, predict
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
@@ -38,7 +50,7 @@ from transferkit.recipes import Recipe, default_recipe
 from transferkit.run_folder import RunFolder
 from transferkit.schedules import Schedule, schedule_by_name
 from transferkit.sources import LabelledPictures, PictureData
-from transferkit.trainer import Trainer, check_training, collect_logits
+from transferkit.trainer import Trainer, check_training
 from transferkit.transforms import Transform, eval_transform, train_transform
 
 if TYPE_CHECKING:
@@ -47,6 +59,18 @@ if TYPE_CHECKING:
 __all__ = ["Data", "Finetuner"]
 
 logger = logging.getLogger("transferkit")
+
+# Settings that a resumed run may change: where it runs, what it shows, how often it saves.
+_WITHOUT_EFFECT = {
+    "callbacks",
+    "checkpoint_every",
+    "checkpoint_interval",
+    "device",
+    "num_workers",
+    "output_dir",
+    "overwrite",
+    "progress",
+}
 
 Data = str | os.PathLike[str] | PictureData | tuple[Any, Any]
 """A picture folder, a :class:`PictureData`, or a pair of map-style data sets (train, val)."""
@@ -92,13 +116,20 @@ class Finetuner:
         cutmix: Alpha of cutmix; 0 for none.
         accumulate: Batches per optimizer step.
         clip_grad_norm: Largest norm of the gradient; ``None`` for no limit.
+        balanced: Whether every class is drawn equally often in training (:class:`EpochSampler`).
+        ema: Decay of an average of the weights over the steps, in [0, 1), which is what is validated and kept
+            (:class:`EMA`); ``None`` for none.
+        patience: Epochs without a better ``monitor`` after which training ends, 1 or more; ``None`` for all epochs.
         monitor: What makes an epoch the best: ``"val_accuracy"``, ``"val_loss"`` or ``"train_loss"``.
         val_fraction: Share held out for validation where the data has no split, in (0, 1).
         seed: Of everything that is random, 0 or more.
         output_dir: Folder for the best model and the history; ``None`` writes nothing.
         overwrite: Whether a run that is already in ``output_dir`` may be replaced.
+        checkpoint_every: Optimizer steps between two resume states within an epoch; ``None`` for one per epoch.
+        checkpoint_interval: Seconds that lie between two resume states at least, 0 or more.
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        shard: Whether the network is spread over the processes instead of repeated in each (FSDP2).
         num_workers: Processes that read pictures; ``None`` for one per spare core, 8 at most.
         callbacks: More callbacks, called after the built-in ones.
         progress: Whether the plan, a progress bar and a line per epoch are shown on standard error.
@@ -145,13 +176,19 @@ class Finetuner:
     cutmix: float = 0.0
     accumulate: int = 1
     clip_grad_norm: float | None = None
+    balanced: bool = False
+    ema: float | None = None
+    patience: int | None = None
     monitor: str = "val_accuracy"
     val_fraction: float = 0.2
     seed: int = 0
     output_dir: str | os.PathLike[str] | None = None
     overwrite: bool = False
+    checkpoint_every: int | None = None
+    checkpoint_interval: float = 5.0
     device: str | None = None
     precision: str = "auto"
+    shard: bool = False
     num_workers: int | None = None
     callbacks: Sequence[Callback] = ()
     progress: bool = True
@@ -171,7 +208,14 @@ class Finetuner:
             raise SettingError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise SettingError(f"class_weights={self.class_weights!r}; it can be 'balanced', a list, or None")
+        if self.balanced and self.class_weights is not None:
+            raise SettingError("balanced=True and class_weights both even out the classes; choose one of them")
         BestCheckpoint(monitor=self.monitor)
+        check_pace(every=self.checkpoint_every, min_interval=self.checkpoint_interval)
+        if self.patience is not None:
+            EarlyStopping(patience=self.patience)
+        if self.ema is not None:
+            EMA(self.ema)
         Head(1, dropout=self.dropout, hidden_size=self.hidden_size)
         probe = Preprocessing() if self.image_size is None else Preprocessing().resized(self.image_size)
         if self.train_preset is not None:
@@ -231,12 +275,16 @@ class Finetuner:
             label_smoothing=self.label_smoothing,
         )
 
-    def fit(self, data: Data) -> History:
+    def fit(self, data: Data, *, resume: str | None = None) -> History:
         """Train on labelled pictures; the best epoch's weights are in :attr:`model` afterwards.
+
+        Where several processes were started (``torchrun``, ``accelerate launch``), each calls this with the same
+        settings, and ``batch_size`` is that of each.
 
         Args:
             data: A folder with ``train/`` and ``val/``, or one folder of class folders, which is split by seed; a
                 :class:`PictureData`; or a pair of map-style (image, label) data sets.
+            resume: ``"auto"`` goes on with the run in ``output_dir`` where there is one; ``None`` starts anew.
 
         Returns:
             The history, one record per epoch.
@@ -250,16 +298,14 @@ class Finetuner:
             SettingError: A setting does not go with the data or the network.
         """
         started = time.perf_counter()
-        folder = None if self.output_dir is None else RunFolder(self.output_dir, overwrite=self.overwrite)
-        if folder is not None:
-            folder.check()
+        if resume not in (None, "auto"):
+            raise SettingError(f"resume={resume!r}; it can be 'auto', or None to start anew")
+        folder = self._folder(resume=resume == "auto")
         self.data = self._read(data)
         self.model = self._build(self.data)
-        _note_enlarging(self.model, self.data)
+        note_enlarging(self.model, self.data.train)
         recipe = self.recipe
-        preprocessing = self.model.preprocessing
-        train_batches = self._loader(self.data.train, train_transform(recipe.train_preset, preprocessing), train=True)
-        val_batches = self._loader(self.data.val, eval_transform(self.eval_preset, preprocessing), train=False)
+        checkpoint = None if folder is None else self._resume_checkpoint(folder, recipe, self.data)
         groups = param_groups(
             self.model,
             lr=recipe.lr / recipe.head_lr_multiplier,
@@ -272,7 +318,7 @@ class Finetuner:
             self.model,
             optimizer,
             policy=recipe.policy,
-            callbacks=self._callbacks(recipe, folder),
+            callbacks=self._callbacks(recipe, folder, checkpoint),
             seed=self.seed,
             label_smoothing=recipe.label_smoothing,
             class_weights=self._class_weights(self.data),
@@ -282,17 +328,49 @@ class Finetuner:
             clip_grad_norm=self.clip_grad_norm,
             device=self.device,
             precision=self.precision,
+            shard=self.shard,
         )
-        if self.progress:
+        self.history = trainer.history
+        processes: dict[str, Any] = {
+            "rank": trainer.accelerator.process_index,
+            "world_size": trainer.accelerator.num_processes,
+        }
+        preprocessing = self.model.preprocessing
+        train = self._loader(
+            self.data.train, train_transform(recipe.train_preset, preprocessing), train=True, **processes
+        )
+        val = self._loader(self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **processes)
+        if checkpoint is not None:
+            check_same_everywhere(trainer.accelerator, checkpoint.identity)
+        if checkpoint is not None and resume == "auto":
+            state = share_object(trainer.accelerator, folder.state() if folder and trainer.is_main_process else None)
+            if state is not None:
+                check_same_run(state["identity"], checkpoint.identity, folder=self.output_dir or "")
+                if "weights" in state:
+                    return self._finished(trainer, state)
+                trainer.load_state_dict(state)
+        if self.progress and trainer.is_main_process:
             from rich.console import Console
 
             plan = plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs)
             Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(plan)
-        self.history = trainer.history
-        trainer.fit(train_batches, val_batches, epochs=self.epochs)
+        trainer.fit(train, val, epochs=self.epochs)
         if self.output_dir is not None and trainer.is_main_process:
-            run = {"settings": self.settings(), "best": self.history.best(self.monitor).to_dict()}
-            save_artifact(self.model, self.output_dir, extra={**run, "seconds": time.perf_counter() - started})
+            run = {
+                "settings": self.settings(),
+                "best": self.history.best(self.monitor).to_dict(),
+                "seconds": time.perf_counter() - started,
+            }
+            save_artifact(self.model, self.output_dir, extra={**run, "identity": checkpoint and checkpoint.identity})
+            if checkpoint is not None:
+                checkpoint.store.clear()
+        return self.history
+
+    def _finished(self, trainer: Trainer, state: dict[str, Any]) -> History:
+        """Take over what a run has left that needs nothing more."""
+        load_network_state(self._trained().network, state["weights"])
+        self.history = state["history"]
+        logger.info("the run in %s is finished; Finetuner.load(%r) trains on from it", self.output_dir, self.output_dir)
         return self.history
 
     def evaluate(self, data: str | os.PathLike[str] | Any) -> dict[str, Any]:
@@ -424,13 +502,13 @@ class Finetuner:
             source = self.data.val
         else:
             raise SettingError("which pictures? give plot_predictions(data=FOLDER), since none were trained on here")
-        source = source.with_channels(model.preprocessing.channels)
+        source = in_channels(source, model.preprocessing.channels)
         with seeded(self.seed, 4):
             chosen = torch.randperm(len(source))[:count].tolist()
         labelled = [source[index] for index in chosen]
         images = [image for image, _ in labelled]
         views = [
-            PredictionView(_visible(image), said.label, said.confidence, model.class_names[label])
+            PredictionView(image, said.label, said.confidence, model.class_names[label])
             for image, said, (_, label) in zip(images, self.predict(images), labelled, strict=True)
         ]
         figure = plot_predictions(views)
@@ -488,30 +566,59 @@ class Finetuner:
         model.keep_statistics = known if self.keep_statistics is None else self.keep_statistics
         return model.eval()
 
-    def _loader(self, source: LabelledPictures, transform: Transform, *, train: bool) -> DataLoader[tuple[Tensor, int]]:
+    def _loader(
+        self, source: LabelledPictures, transform: Transform, *, train: bool, rank: int = 0, world_size: int = 1
+    ) -> DataLoader[tuple[Tensor, int]]:
         workers = min(8, (os.cpu_count() or 1) - 1) if self.num_workers is None else self.num_workers
-        channels = 3 if self.model is None else self.model.preprocessing.channels
         return loader(
-            source.with_channels(channels),
+            in_channels(source, self._trained().preprocessing.channels),
             transform,
             batch_size=self.batch_size,
             seed=self.seed,
             train=train,
+            balanced=train and self.balanced,
             num_workers=min(workers, len(source) // self.batch_size),
+            rank=rank,
+            world_size=world_size,
         )
 
-    def _callbacks(self, recipe: Recipe, folder: RunFolder | None) -> list[Callback]:
-        callbacks: list[Callback] = [
-            *([_AtStart(folder.clear)] if folder is not None else []),
-            LRScheduler(recipe.schedule),
-            BestCheckpoint(self.output_dir, monitor=self.monitor),
-            UnfreezeLogger(),
-        ]
+    def _folder(self, *, resume: bool) -> RunFolder | None:
+        if self.output_dir is None:
+            if resume:
+                raise SettingError("resume goes on with the run in output_dir, and there is none; set output_dir")
+            return None
+        folder = RunFolder(self.output_dir, overwrite=self.overwrite, resume=resume)
+        if is_main_process():  # it looks before it writes, and others might see what it has written
+            folder.check()
+        return folder
+
+    def _resume_checkpoint(self, folder: RunFolder, recipe: Recipe, data: PictureData) -> ResumeCheckpoint:
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        chosen = {each.name: getattr(recipe, each.name) for each in fields(recipe)}
+        settings = {name: value for name, value in {**given, **chosen}.items() if name not in _WITHOUT_EFFECT}
+        return ResumeCheckpoint(
+            folder.resume_path,
+            every=self.checkpoint_every,
+            min_interval=self.checkpoint_interval,
+            identity=run_identity(self._trained(), data, settings),
+        )
+
+    def _callbacks(
+        self, recipe: Recipe, folder: RunFolder | None, checkpoint: ResumeCheckpoint | None
+    ) -> list[Callback]:
+        callbacks: list[Callback] = [] if folder is None else [_Clear(folder)]
+        callbacks.append(LRScheduler(recipe.schedule))
+        if self.ema is not None:
+            callbacks.append(EMA(self.ema))  # before what looks at the epoch's weights
+        callbacks += [BestCheckpoint(self.output_dir, monitor=self.monitor), UnfreezeLogger()]
+        if self.patience is not None:
+            callbacks.append(EarlyStopping(patience=self.patience, monitor=self.monitor))
         if self.output_dir is not None:
             callbacks.append(CSVLogger(Path(self.output_dir) / HISTORY))
         if self.progress:
             callbacks.append(Progress(monitor=self.monitor))
-        return [*callbacks, *self.callbacks]
+        callbacks += self.callbacks
+        return callbacks if checkpoint is None else [*callbacks, checkpoint]
 
     def _class_weights(self, data: PictureData) -> Sequence[float] | None:
         if not isinstance(self.class_weights, str):
@@ -525,33 +632,13 @@ class Finetuner:
         return self.model
 
 
-def _note_enlarging(model: TransferModel, data: PictureData) -> None:
-    picture, _ = data.train[0]
-    side = min(picture.size if isinstance(picture, Image.Image) else picture.shape[-2:])
-    if side < model.preprocessing.size // 2:
-        logger.info(
-            "pictures of %d px are enlarged to the network's %d px (small_images='upsample'); 'stem' adapts the "
-            "network to them instead, and image_size= sets another size",
-            side,
-            model.preprocessing.size,
-        )
+class _Clear(Callback):
+    """Remove the run that is to be replaced, once nothing but training can fail."""
 
-
-def _visible(image: Image.Image | Tensor) -> Image.Image:
-    """Return a picture that can be drawn: of more than three channels the first three."""
-    if not isinstance(image, Tensor):
-        return image
-    picture: Image.Image = to_pil_image(image[:3] if len(image) > 2 else image[:1])
-    return picture
-
-
-class _AtStart(Callback):
-    """Do something once nothing but training can fail."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self.action = action
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Do it."""
-        if trainer.is_main_process:
-            self.action()
+        """Do it where the run begins."""
+        if trainer.is_main_process and trainer.at_beginning:
+            self.folder.clear()

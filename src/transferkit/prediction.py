@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from transferkit.evaluation import collect_logits
 from transferkit.exceptions import DataError
 from transferkit.loading import loader
 from transferkit.metrics import topk
 from transferkit.model import TransferModel
 from transferkit.pictures import as_picture, list_pictures, read_picture
-from transferkit.trainer import collect_logits
 from transferkit.transforms import eval_transform
 
 __all__ = ["Pictures", "Prediction", "predict"]

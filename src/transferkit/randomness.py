@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "seeded"]
+__all__ = ["derive_seed", "keeps_generators", "seed_generators", "seeded"]
 
 
 def derive_seed(*parts: int) -> int:
@@ -30,6 +30,37 @@ def derive_seed(*parts: int) -> int:
         (True, False)
     """
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_generators(*parts: int) -> None:
+    """Seed torch's global generators (of all devices), numpy's and Python's.
+
+    Args:
+        *parts: As for :func:`derive_seed`.
+
+    Example:
+        >>> with keeps_generators():
+        ...     seed_generators(0, 3)
+        ...     first = torch.rand(2)
+        >>> with seeded(0, 3):
+        ...     assert torch.equal(first, torch.rand(2))
+    """
+    seed = derive_seed(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
+@contextmanager
+def keeps_generators() -> Iterator[None]:
+    """Put torch's global generators (of the CPU and all CUDA devices), numpy's and Python's back after a block."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
 
 
 @contextmanager

@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from transferkit.callbacks._base import Callback
+from transferkit.batches import names_of, start_epoch, windows
+from transferkit.callbacks._base import Callback, callback_states, named
 from transferkit.devices import PRECISIONS, make_accelerator
-from transferkit.exceptions import DataError, SettingError, TransferkitError
+from transferkit.distribution import (
+    check_replicas,
+    check_same_everywhere,
+    equally_many,
+    load_network_state,
+    load_optimizer_state,
+    network_state,
+    optimizer_state,
+    reshard,
+    shard,
+    share_buffers,
+)
+from transferkit.evaluation import collect_logits, keeps_mode
+from transferkit.exceptions import ArtifactError, DataError, SettingError, TransferkitError
 from transferkit.freezing import FreezePolicy, FullFinetune
+from transferkit.gradients import FiniteCheck, Gradients
 from transferkit.history import EpochRecord, History
+from transferkit.interrupts import Interrupted, Interrupts
 from transferkit.metrics import Evaluation, evaluate_logits
 from transferkit.model import TransferModel
 from transferkit.optim import unassigned_parameters
-from transferkit.randomness import derive_seed
+from transferkit.randomness import keeps_generators, seed_generators
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     Batches = Any
 
-__all__ = ["Trainer", "check_training", "collect_logits"]
+__all__ = ["Trainer", "check_training"]
+
+logger = logging.getLogger("transferkit")
+
+# A signal is asked for by all processes together, which costs a message; so is what a GPU knows of bad numbers.
+_ASK_EVERY = 16
 
 
 class Trainer:
@@ -51,10 +72,14 @@ class Trainer:
         clip_grad_norm: Largest norm of the gradient, or ``None`` for no limit.
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        shard: Whether parameters, gradients and optimizer state are spread over the processes (FSDP2) instead of
+            repeated in each. :meth:`fit` gives back a network that is whole in every process.
 
     Attributes:
         epoch: The epoch that runs, or ran last, counted from 0.
+        batch: Batches of that epoch that are done.
         step: Number of optimizer steps done.
+        gradients: Forward, loss and backward; its ``micro_batch`` tells whether memory ran out.
         history: The records so far.
         should_stop: Set it in a callback to end training after the epoch.
 
@@ -78,6 +103,7 @@ class Trainer:
         clip_grad_norm: float | None = None,
         device: str | None = None,
         precision: str = "auto",
+        shard: bool = False,
     ) -> None:
         """Store and check the settings; no device is touched yet."""
         check_training(
@@ -107,16 +133,22 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.seed = seed
         self.accumulate, self.clip_grad_norm = accumulate, clip_grad_norm
-        self.device_name, self.precision = device, precision
+        self.device_name, self.precision, self.shard = device, precision, shard
         self.history = History()
-        self.epoch = self.step = self.epochs = self.batches_per_epoch = 0
+        self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
         self.should_stop = False
         self._stepper: Any = optimizer
+        self._plain: nn.Module | None = None
+        self._interrupts = Interrupts()
+        self._sums = torch.zeros(2)
+        self._finite = FiniteCheck(every=1)
+        self._seconds = 0.0
         weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.loss_function = nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
         mixes: list[Any] = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
         mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
-        self._mix = v2.RandomChoice(mixes) if mixes else None
+        mix = v2.RandomChoice(mixes) if mixes else None
+        self.gradients = Gradients(model, self.loss_function, mix)
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -139,6 +171,11 @@ class Trainer:
         return -(-self.batches_per_epoch // self.accumulate)
 
     @property
+    def at_beginning(self) -> bool:
+        """Whether no batch has been trained on yet."""
+        return not self.history.records and self.batch == 0
+
+    @property
     def head_group(self) -> int:
         """Position of the optimizer's group that holds the head; its lr is the one that is shown and set."""
         head = {id(parameter) for parameter in self.model.stages[-1].parameters}
@@ -149,14 +186,24 @@ class Trainer:
         """Let all processes reach this point."""
         self.accelerator.wait_for_everyone()
 
+    def any_process(self, flag: bool) -> bool:
+        """Say whether a flag is set in one process or more; every process must ask.
+
+        Args:
+            flag: This process's.
+        """
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device)) > 0)
+
     def fit(self, train_batches: Batches, val_batches: Batches, *, epochs: int) -> History:
         """Train.
 
         Args:
             train_batches: A sized iterable of (images (B, C, H, W) float, labels (B,) int), :func:`loader` for example;
-                where its sampler has ``set_epoch``, it is told the epoch.
+                where its sampler has ``set_epoch``, it is told the epoch. Each process has its own, of equal length.
             val_batches: The same, for validation after each epoch.
-            epochs: How many, 1 or more.
+            epochs: How many, 1 or more. What :attr:`history` has already counts, so a second call goes on.
 
         Returns:
             The history. The model keeps the last weights, or the best ones with :class:`BestCheckpoint`, and is back
@@ -164,93 +211,235 @@ class Trainer:
 
         Raises:
             SettingError: ``epochs`` is below 1.
-            DataError: There are no pictures to train or to validate on.
+            DataError: There are no pictures to train or to validate on, or processes do not see the same.
             UnknownStageError: The policy names a stage that the model does not have; nothing has been trained then.
-            TransferkitError: The loss is no longer a number.
+            TransferkitError: A loss or gradient is no longer a number, or one picture does not fit into memory.
+            Interrupted: SIGINT (Ctrl-C) or SIGTERM came; the step was finished, and calling again goes on after it.
         """
         if epochs < 1:
             raise SettingError(f"epochs must be 1 or more, got {epochs}")
         if len(train_batches) == 0:
             raise DataError("there are no batches to train on")
-        names = self.model.stage_names
-        plan = [self.policy.frozen_stages(names, epoch) for epoch in range(epochs)]
-        self.epochs, self.batches_per_epoch, self.should_stop = epochs, len(train_batches), False
-        with keeps_mode(self.model), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            self.model.to(self.device)
-            self.loss_function.to(self.device)
+        for epoch in range(epochs):
+            self.policy.frozen_stages(self.model.stage_names, epoch)
+        self.epochs, self.batches_per_epoch = epochs, len(train_batches)
+        self._interrupts = Interrupts(patient=self.accelerator.num_processes > 1)
+        check_same_everywhere(self.accelerator, {"a number of batches of": len(train_batches)})
+        with keeps_mode(self.model), keeps_generators(), self._interrupts:
             try:
+                self._place()
+                # Callbacks meet the model as its first epoch will find it.
+                self.model.freeze(self.policy.frozen_stages(self.model.stage_names, min(len(self.history), epochs - 1)))
                 self._call("on_fit_start")
                 wrapped = None
-                for epoch in range(len(self.history), epochs):
-                    self.epoch, self.step = epoch, epoch * self.steps_per_epoch
-                    if wrapped is None or plan[epoch] != self.model.frozen:
-                        wrapped = self._freeze(plan[epoch])
+                while len(self.history) < epochs and not self.should_stop:
+                    self.epoch = len(self.history)
+                    frozen = self.policy.frozen_stages(self.model.stage_names, self.epoch)
+                    if wrapped is None or frozen != self.model.frozen:
+                        wrapped = self._freeze(frozen)
                     self._run_epoch(wrapped, train_batches, val_batches)
-                    if self.should_stop:
-                        break
                 self._call("on_fit_end")
-            except BaseException:
+            except BaseException as error:
+                if not isinstance(error, Interrupted):
+                    self._begin_epoch()  # what was broken off within a step begins again with its epoch
                 self._call("on_exception")
                 raise
             finally:
-                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+                self.should_stop = False
+                self._unwrap()
         return self.history
+
+    def _place(self) -> None:
+        """Put the network where it is trained, and spread it over the processes if that is asked for."""
+        self.model.to(self.device)
+        self.loss_function.to(self.device)
+        self._finite = FiniteCheck(every=1 if self.device.type == "cpu" else _ASK_EVERY)
+        if self.shard and self._plain is None:
+            self._plain = copy.deepcopy(self.model.network)
+            shard(self.accelerator, self.model, self.optimizer)
 
     def _freeze(self, stages: frozenset[str]) -> nn.Module:
         """Apply the policy, and wrap the model for the device: what synchronises gradients must know what trains."""
+        check_replicas(self.accelerator, self.model.network)
         self.model.freeze(stages)
         if self._stepper is not self.optimizer:
             self.accelerator.free_memory()  # it would hold on to the model and the optimizer as wrapped before
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.shard:  # fully_shard looks at what trains in every pass, and has wrapped the network already
+            self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
+            return self.model
         wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        check_replicas(self.accelerator, self.model.network)
         return cast(nn.Module, wrapped)
 
+    def _unwrap(self) -> None:
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self._plain is not None:  # a network as it came, with the tensors that were spread
+            self._plain.load_state_dict(network_state(self.model.network))
+            self.model.network, self._plain = self._plain, None
+            self.model.freeze(self.model.frozen)
+
+    def _begin_epoch(self) -> None:
+        self.batch, self._seconds, self._sums = 0, 0.0, torch.zeros(2)
+        self._finite.clear()
+
     def _run_epoch(self, wrapped: nn.Module, train_batches: Batches, val_batches: Batches) -> None:
-        started = time.perf_counter()
-        _set_epoch(train_batches, self.epoch)
+        started = time.perf_counter() - self._seconds
+        # Callbacks, and data sets that draw their own order, meet the same numbers whatever happened before.
+        seed_generators(self.seed, 5, self.epoch, self.accelerator.process_index)
+        start_epoch(train_batches, self.epoch, skip=self.batch)
+        self.step = self.epoch * self.steps_per_epoch + -(-self.batch // self.accumulate)
         self.model.train()
         self._call("on_train_epoch_start")
-        train_loss = self._train(wrapped, train_batches)
-        self._require_finite("training", train_loss)
-        validation = self.evaluate(val_batches)
-        self._require_finite("validation", validation.loss)
+        train_loss = self._train(wrapped, train_batches, started)
+        share_buffers(self.accelerator, self.model.network)
+        self._call("on_validation_start")
+        validation = self.evaluate(self._until_interrupted(val_batches))
+        if not math.isfinite(validation.loss):
+            lr = self.optimizer.param_groups[self.head_group]["lr"]
+            raise TransferkitError(
+                f"the validation loss became {validation.loss} in epoch {self.epoch + 1} at lr {lr:g}; lower lr"
+            )
+        self._begin_epoch()
         seconds = time.perf_counter() - started
         self.history.records.append(
             EpochRecord(self.epoch + 1, train_loss, validation.loss, validation.accuracy, seconds)
         )
         self._call("on_validation_end")
+        self.should_stop = self.any_process(self.should_stop)
         self._call("on_train_epoch_end")
 
-    def _train(self, wrapped: nn.Module, batches: Batches) -> float:
-        """Go once through the batches; returns the mean loss per picture."""
-        total, count = torch.zeros((), device=self.device), 0
+    def _train(self, wrapped: nn.Module, batches: Batches, started: float) -> float:
+        """Go through the epoch's batches that are left; returns the mean loss per picture of the whole epoch."""
+        self._sums = self._sums.to(self.device)
         self._stepper.zero_grad()  # what a user or a broken-off epoch left behind would move the first step
-        for index, (images, labels, share, last) in enumerate(_in_steps(batches, self.accumulate)):
-            torch.manual_seed(derive_seed(self.seed, 2, self.epoch, index, self.accelerator.process_index))
-            images, labels = self._to_device(images, labels)
-            targets = labels
-            if self._mix is not None:
-                images, targets = self._mix(images, labels)
-            self._call("on_train_batch_start")
-            with nullcontext() if last else self.accelerator.no_sync(wrapped):
-                loss = self.model.loss(wrapped(images), targets, self.loss_function)
-                self.accelerator.backward(loss * share)
-            if last:
-                if self.clip_grad_norm is not None:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-                self._stepper.step()
-                self._stepper.zero_grad()
-                self.step += 1
-            total += loss.detach() * len(labels)
-            count += len(labels)
-            self._call("on_train_batch_end")
-        sums = self.accelerator.reduce(torch.stack([total, total.new_tensor(count)]))
-        return float(sums[0] / sums[1])
+        for window in windows(batches, self.accumulate, skip=self.batch):
+            weight = self.gradients.weight(self.accelerator, window)
+            seeds = [self._batch_seed(self.batch + position) for position in range(len(window))]
+            for position in range(len(window)):
+                self._call("on_train_batch_start")
+                self._sums += self.gradients.add(
+                    self.accelerator, wrapped, window, position, weight=weight, seeds=seeds
+                )
+                if position + 1 == len(window):
+                    self._optimizer_step(batches, len(window))
+                self.batch += 1
+                self._seconds = time.perf_counter() - started
+                self._call("on_train_batch_end")
+            self._stop_if_interrupted()
+        self._finite.ask()
+        loss, weight = self.accelerator.reduce(self._sums)
+        return float(loss / weight)
 
-    def _require_finite(self, which: str, loss: float) -> None:
-        if not math.isfinite(loss):
-            lr = self.optimizer.param_groups[self.head_group]["lr"]
-            raise TransferkitError(f"the {which} loss became {loss} in epoch {self.epoch + 1} at lr {lr:g}; lower lr")
+    def _batch_seed(self, batch: int) -> tuple[int, ...]:
+        return self.seed, 2, self.epoch, batch, self.accelerator.process_index
+
+    def _optimizer_step(self, batches: Batches, count: int) -> None:
+        if self.clip_grad_norm is None:
+            norm = nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        if self.accelerator.scaler is not None:  # fp16 meets infinite gradients as a matter of course, and skips them
+            norm = torch.zeros_like(norm)
+        lr = self.optimizer.param_groups[self.head_group]["lr"]
+        first = self.batch + 1 - count
+        self._finite.note(self._sums[0], norm, f"{self._where()} at lr {lr:g}", lambda: names_of(batches, first, count))
+        self._call("on_before_optimizer_step")
+        self._stepper.step()
+        self._stepper.zero_grad()
+        self.step += 1
+
+    def _where(self) -> str:
+        done = self.epoch * self.steps_per_epoch
+        return f"step {min(self.step - done + 1, self.steps_per_epoch)} of epoch {self.epoch + 1}"
+
+    def _stop_if_interrupted(self) -> None:
+        several = self.accelerator.num_processes > 1
+        if several and self.step % _ASK_EVERY and self.batch < self.batches_per_epoch:
+            return
+        if self.any_process(self._interrupts.name is not None):
+            done = self.step - self.epoch * self.steps_per_epoch
+            raise Interrupted(
+                f"interrupted after step {done} of {self.steps_per_epoch} in epoch {self.epoch + 1} of {self.epochs}"
+            )
+
+    def _until_interrupted(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            if self.accelerator.num_processes == 1:
+                self._stop_if_interrupted()
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a run needs to go on from here, where no step is half done; every process must ask.
+
+        Returns:
+            Nested dicts, lists, tuples, JSON values and tensors: network, optimizer, callbacks, history, position.
+        """
+        self._finite.ask()
+        scaler = self.accelerator.scaler
+        return {
+            "network": network_state(self.model.network),
+            "optimizer": optimizer_state(self.optimizer),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "callbacks": callback_states(self.callbacks),
+            "history": self.history.to_dicts(),
+            "batch": self.batch,
+            "batches_per_epoch": self.batches_per_epoch,
+            "sums": self.accelerator.gather(self._sums.to(self.device)[None]),
+            "seconds": self._seconds,
+            "stopped": self.should_stop,
+            "micro_batch": self.gradients.micro_batch,
+            "precision": self.precision_used,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave, before :meth:`fit` goes on with it.
+
+        Args:
+            state: That dictionary; from a trainer with the same model, optimizer, callbacks and number of processes.
+
+        Raises:
+            ArtifactError: It is of another model, optimizer, or set of callbacks; nothing has changed then.
+        """
+        mine, theirs = callback_states(self.callbacks).keys(), state["callbacks"].keys()
+        if mine != theirs:
+            raise ArtifactError(
+                f"the run was saved with the callbacks {', '.join(theirs) or '-'}, and is to go on with "
+                f"{', '.join(mine) or '-'}; give it the same"
+            )
+        shapes = {key: tuple(value.shape) for key, value in self.model.network.state_dict().items()}
+        saved = {key: tuple(value.shape) for key, value in state["network"].items()}
+        if different := sorted(shapes.items() ^ saved.items()):
+            raise ArtifactError(
+                f"the saved run is of another network than {self.model.name}: {different[0][0]} differs"
+            )
+        if len(state["sums"]) != self.accelerator.num_processes:
+            raise ArtifactError(
+                f"the run was saved by {len(state['sums'])} processes, and is to go on with "
+                f"{self.accelerator.num_processes}; start as many"
+            )
+        if state["precision"] != self.precision_used:
+            raise ArtifactError(f"the run was saved in {state['precision']}; give it precision={state['precision']!r}")
+        self._place()
+        load_network_state(self.model.network, state["network"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name, callback in named(self.callbacks):
+            if name in theirs:
+                callback.load_state_dict(state["callbacks"][name])
+        self.history.records[:] = [EpochRecord(**record) for record in state["history"]]
+        self.batch, self.should_stop = state["batch"], state["stopped"]
+        self.gradients.micro_batch = state["micro_batch"]
+        self.epoch, self.batches_per_epoch = len(self.history), state["batches_per_epoch"]
+        self._sums = state["sums"][self.accelerator.process_index].clone()
+        self._seconds = state["seconds"]
+
+    @property
+    def precision_used(self) -> str:
+        """``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+        mixed = str(self.accelerator.mixed_precision)
+        return "fp32" if mixed == "no" else mixed
 
     def evaluate(self, batches: Batches) -> Evaluation:
         """Measure the model as it is; its training mode is left as it was.
@@ -262,16 +451,16 @@ class Trainer:
             DataError: There are no pictures.
         """
         self.model.to(self.device)
+        if self._plain is not None:
+            batches = equally_many(self.accelerator, batches, self.model.preprocessing)
         logits, labels = collect_logits(self.model.network, batches, self.device)
+        reshard(self.model.network)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
             parts = gather_object([(logits, labels)])
             logits, labels = (torch.cat([part[position] for part in parts]) for position in (0, 1))
         return evaluate_logits(logits, labels, self.model.class_names)
-
-    def _to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
@@ -294,8 +483,8 @@ def check_training(
         raise SettingError(f"seed must be 0 or more, got {seed}")
     if not 0.0 <= label_smoothing < 1.0:
         raise SettingError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-    if class_weights is not None and not all(0 <= weight < math.inf for weight in class_weights):
-        raise SettingError(f"class_weights must be 0 or more, got {list(class_weights)}")
+    if class_weights is not None and not all(0 < weight < math.inf for weight in class_weights):
+        raise SettingError(f"class_weights must be above 0, got {list(class_weights)}")
     if not (0 <= mixup < math.inf and 0 <= cutmix < math.inf):
         raise SettingError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
     if accumulate < 1:
@@ -304,56 +493,3 @@ def check_training(
         raise SettingError(f"clip_grad_norm must be above 0, or None for no limit, got {clip_grad_norm}")
     if precision not in PRECISIONS:
         raise SettingError(f"precision={precision!r}; it can be {', '.join(PRECISIONS)}")
-
-
-@contextmanager
-def keeps_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the training or eval mode it was in.
-
-    What is frozen meanwhile stays in eval mode; what was frozen and is free again gets the mode of the model.
-    """
-    modes = [(module, (model if _is_frozen(module) else module).training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode and not _is_frozen(module)
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return "train" in module.__dict__  # what TransferModel.freeze puts there
-
-
-def collect_logits(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Run a model over labelled batches in eval mode; its training mode is left as it was.
-
-    Args:
-        model: A classifier that is on ``device``.
-        batches: An iterable of (images (B, C, H, W) float, labels (B,) int).
-        device: Where to compute.
-
-    Returns:
-        Logits (N, num_classes) float32 and labels (N,) int64, on the CPU.
-    """
-    logits, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
-    with keeps_mode(model), torch.inference_mode():
-        model.eval()
-        for images, targets in batches:
-            logits.append(model(images.to(device, non_blocking=True)).float().cpu())
-            labels.append(targets)
-    return torch.cat(logits[1:] or logits), torch.cat(labels)
-
-
-def _in_steps(batches: Batches, accumulate: int) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
-    """Yield images, labels, the batch's share of its optimizer step's pictures, and whether it is the step's last."""
-    iterator = iter(batches)
-    while window := list(islice(iterator, accumulate)):
-        pictures = sum(len(labels) for _, labels in window)
-        for position, (images, labels) in enumerate(window, 1):
-            yield images, labels, len(labels) / pictures, position == len(window)
-
-
-def _set_epoch(batches: Batches, epoch: int) -> None:
-    set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(epoch)

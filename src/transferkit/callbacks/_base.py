@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from transferkit.exceptions import closest
@@ -9,13 +11,15 @@ from transferkit.exceptions import closest
 if TYPE_CHECKING:
     from transferkit.trainer import Trainer
 
-__all__ = ["HOOKS", "Callback"]
+__all__ = ["HOOKS", "Callback", "callback_states", "named"]
 
 HOOKS = (
     "on_fit_start",
     "on_train_epoch_start",
     "on_train_batch_start",
+    "on_before_optimizer_step",
     "on_train_batch_end",
+    "on_validation_start",
     "on_validation_end",
     "on_train_epoch_end",
     "on_fit_end",
@@ -59,8 +63,14 @@ class Callback:
     def on_train_batch_start(self, trainer: Trainer) -> None:
         """Before a batch goes through the network."""
 
+    def on_before_optimizer_step(self, trainer: Trainer) -> None:
+        """After the gradients of a step are complete, before the optimizer uses them."""
+
     def on_train_batch_end(self, trainer: Trainer) -> None:
         """After a batch, and after the optimizer's step where one was due."""
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        """Before the validation of an epoch."""
 
     def on_validation_end(self, trainer: Trainer) -> None:
         """After the validation of an epoch; its record is complete."""
@@ -75,7 +85,10 @@ class Callback:
         """When training is broken off by an error or an interrupt, which is then raised again."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the callback must remember across an interruption, as JSON values; nothing by default."""
+        """Return what the callback must remember across an interruption; nothing by default.
+
+        JSON values and tensors, in dictionaries with text keys, lists and tuples.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -84,3 +97,23 @@ class Callback:
         Args:
             state: That dictionary.
         """
+
+
+def named(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
+    """Name callbacks by their class, and by their place among those of one class.
+
+    Example:
+        >>> [name for name, _ in named([Callback(), Callback()])]
+        ['Callback 1', 'Callback 2']
+    """
+    seen: Counter[str] = Counter()
+    for callback in callbacks:
+        name = type(callback).__name__
+        seen[name] += 1
+        yield f"{name} {seen[name]}", callback
+
+
+def callback_states(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
+    """Return what callbacks must remember, by the names :func:`named` gives; those with nothing are left out."""
+    states = {name: callback.state_dict() for name, callback in named(callbacks)}
+    return {name: state for name, state in states.items() if state}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from transferkit.callbacks._base import Callback
-from transferkit.checkpoint import load_weights, save_artifact
+from transferkit.checkpoint import read_weights, save_artifact
+from transferkit.distribution import load_network_state, network_state, share_object
 from transferkit.exceptions import SettingError
 from transferkit.history import EpochRecord, improves
 
@@ -58,29 +59,29 @@ class BestCheckpoint(Callback):
         if self.best is not None and not improves(record, self.best, self.monitor, self.mode):
             return
         self.best = record
+        weights = network_state(trainer.model.network)
         if self.directory is None:
-            state = trainer.model.network.state_dict()
-            self._weights = {key: value.detach().cpu().clone() for key, value in state.items()}
+            self._weights = {key: value.cpu().clone() for key, value in weights.items()}
         elif trainer.is_main_process:
-            save_artifact(trainer.model, self.directory)
+            save_artifact(trainer.model, self.directory, weights=weights)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Put the best weights into the model."""
         if self.best is None:
             return
-        trainer.wait_for_everyone()
-        if self.directory is None:
-            trainer.model.network.load_state_dict(self._weights)
-        else:
-            load_weights(trainer.model, self.directory)
+        weights: dict[str, Tensor] | None = self._weights
+        if self.directory is not None:  # the folder may be on the main process's machine alone
+            weights = read_weights(self.directory) if trainer.is_main_process else None
+        load_network_state(trainer.model.network, share_object(trainer.accelerator, weights))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best record."""
-        return {"best": None if self.best is None else asdict(self.best)}
+        """Return the best record, and its weights where no folder keeps them."""
+        return {"best": None if self.best is None else asdict(self.best), "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the best record back."""
+        """Take the best record and its weights back."""
         self.best = None if state["best"] is None else EpochRecord(**state["best"])
+        self._weights = dict(state["weights"])
 
 
 class EarlyStopping(Callback):

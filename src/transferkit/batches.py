@@ -1,0 +1,59 @@
+"""What a trainer asks of its batches: whole optimizer steps, a place in an epoch, the pictures' names.
+
+Any sized iterable of (images, labels) will do; an epoch and a place in it are told to those that understand them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from transferkit.loading import EpochSampler
+
+__all__ = ["names_of", "start_epoch", "windows"]
+
+_NAMED = 32
+
+
+def start_epoch(batches: Any, epoch: int, *, skip: int = 0) -> None:
+    """Choose the epoch that the next iteration runs through, and how many of its batches :func:`windows` leaves out."""
+    sampler = getattr(batches, "sampler", None)
+    if isinstance(sampler, EpochSampler):
+        sampler.set_epoch(epoch, skip=skip * batches.batch_size)
+    elif sampler is not None and hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+
+
+def windows(batches: Any, count: int, *, skip: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield the batches of one optimizer step after the other.
+
+    Args:
+        batches: Of (images, labels), once :func:`start_epoch` was called.
+        count: Batches per step; the last step may have fewer.
+        skip: Batches to leave out at the epoch's beginning.
+
+    Example:
+        >>> [len(window) for window in windows(["a batch"] * 5, 2, skip=2)]
+        [2, 1]
+    """
+    iterator = iter(batches)
+    if not isinstance(getattr(batches, "sampler", None), EpochSampler):  # which does not even read what it skips
+        iterator = islice(iterator, skip, None)
+    while window := list(islice(iterator, count)):
+        yield window
+
+
+def names_of(batches: Any, first: int, count: int) -> str:
+    """Name the pictures of ``count`` batches of the current epoch in one line.
+
+    Example:
+        >>> names_of([], 4, 2)
+        'those of batches 4 to 5'
+    """
+    if not hasattr(batches, "names"):
+        return f"those of batches {first} to {first + count - 1}"
+    names = [name for batch in range(first, first + count) for name in batches.names(batch)]
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

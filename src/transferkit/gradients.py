@@ -1,0 +1,245 @@
+"""The gradients of one optimizer step, added up over its batches, and over pieces of them where memory is short."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from transferkit.distribution import whole
+from transferkit.exceptions import TransferkitError
+from transferkit.model import TransferModel
+from transferkit.randomness import seed_generators
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["FiniteCheck", "Gradients", "Window"]
+
+logger = logging.getLogger("transferkit")
+
+Window = Sequence[tuple[Tensor, Tensor]]
+"""The batches (images (B, C, H, W), labels (B,)) of one optimizer step in this process."""
+
+
+class Gradients:
+    """Forward, loss and backward for the batches of an optimizer step.
+
+    The loss of a step is one mean over its pictures, of all its batches in all processes, weighed by class where there
+    are class weights. When memory runs out, batches are computed in halves, quarters …, whose gradients add up to the
+    same; only batch norms in training notice.
+
+    Args:
+        model: What is trained.
+        loss_function: From (logits, targets) to a mean; a ``CrossEntropyLoss``.
+        mix: Mixes a batch's pictures and labels, or ``None``.
+
+    Attributes:
+        micro_batch: Pictures computed at a time since memory ran out, else ``None``.
+    """
+
+    def __init__(
+        self, model: TransferModel, loss_function: nn.CrossEntropyLoss, mix: Callable[..., Any] | None
+    ) -> None:
+        """Store the pieces."""
+        self.model, self.loss_function, self.mix = model, loss_function, mix
+        self.micro_batch: int | None = None
+
+    def weight(self, accelerator: Accelerator, window: Window) -> Tensor:
+        """Return what the means of a step's pieces are divided by: its pictures, or their class weights, everywhere."""
+        weight = sum(self._weight_of(labels.to(accelerator.device)) for _, labels in window)
+        return cast(Tensor, accelerator.reduce(weight))
+
+    def add(
+        self,
+        accelerator: Accelerator,
+        wrapped: nn.Module,
+        window: Window,
+        position: int,
+        *,
+        weight: Tensor,
+        seeds: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """Add the gradients of one batch of a step to those of the batches before it.
+
+        Args:
+            accelerator: Device, precision and processes.
+            wrapped: The model as it was prepared for them.
+            window: The step's batches.
+            position: Which of them.
+            weight: Of the whole step, from :meth:`weight`.
+            seeds: What each batch's random numbers are a function of.
+
+        Returns:
+            The sum of the batch's losses, and of what they weigh, (2,) float.
+
+        Raises:
+            TransferkitError: Not even one picture fits into memory.
+        """
+        before = [each.clone() for each in _statistics(self.model.network)]
+        try:
+            return self._add(accelerator, wrapped, window, position, weight, seeds)
+        except RuntimeError as error:
+            # Processes would have to fail together; a single one leaves the others waiting for its gradients.
+            if accelerator.num_processes > 1 or not should_reduce_batch_size(error):
+                raise
+        # Outside of the except block, so that nothing holds on to the memory of the failed attempt.
+        return self._add_smaller(accelerator, wrapped, window, position, weight, seeds, before)
+
+    def _add(
+        self,
+        accelerator: Accelerator,
+        wrapped: nn.Module,
+        window: Window,
+        position: int,
+        weight: Tensor,
+        seeds: Sequence[Sequence[int]],
+    ) -> Tensor:
+        seed_generators(*seeds[position])
+        images, labels = (each.to(accelerator.device, non_blocking=True) for each in window[position])
+        targets = labels
+        if self.mix is not None:
+            images, targets = self.mix(images, labels)
+        size = self.micro_batch or len(labels)
+        pieces = list(zip(*(torch.split(each, size) for each in (images, targets, labels)), strict=True))
+        sums = torch.zeros(2, device=accelerator.device)
+        for number, (some_images, some_targets, some_labels) in enumerate(pieces, 1):
+            last = position + 1 == len(window) and number == len(pieces)
+            with _synchronised(accelerator, self.model.network, wrapped, last), accelerator.autocast():
+                loss = self.model.loss(wrapped(some_images), some_targets, self.loss_function)
+                part = self._weight_of(some_labels)
+                # Gradients are averaged over the processes; the loss is a mean over the pictures in all of them.
+                accelerator.backward(loss * (accelerator.num_processes * part / weight))
+            sums += torch.stack([loss.detach() * part, part])
+        return sums
+
+    def _add_smaller(
+        self,
+        accelerator: Accelerator,
+        wrapped: nn.Module,
+        window: Window,
+        position: int,
+        weight: Tensor,
+        seeds: Sequence[Sequence[int]],
+        statistics: Sequence[Tensor],
+    ) -> Tensor:
+        """Do the step's batches so far again in smaller pieces."""
+        largest = size = self.micro_batch or max(len(labels) for _, labels in window)
+
+        def halved() -> int:
+            nonlocal size
+            size //= 2
+            return size
+
+        def attempt(size: int) -> Tensor:
+            self.micro_batch = size
+            for buffer, value in zip(_statistics(self.model.network), statistics, strict=True):
+                buffer.copy_(value)
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            parts = [self._add(accelerator, wrapped, window, each, weight, seeds) for each in range(position + 1)]
+            return parts[-1]
+
+        again = find_executable_batch_size(attempt, starting_batch_size=halved(), reduce_batch_size_fn=halved)
+        try:
+            sums = cast(Tensor, again())
+        except RuntimeError as error:
+            if "No executable batch size" not in str(error):
+                raise
+            raise TransferkitError(
+                f"not even one picture fits into the memory of {accelerator.device}; choose a smaller image_size or "
+                "network"
+            ) from None
+        logger.warning(
+            "out of memory: batches of %d pictures are now computed %d at a time, and their gradients added up, so a "
+            "step still sees %d pictures%s",
+            largest,
+            self.micro_batch,
+            sum(len(labels) for _, labels in window),
+            "; batch norms in training see the smaller ones" if statistics else "",
+        )
+        return sums
+
+    def _weight_of(self, labels: Tensor) -> Tensor:
+        weights = self.loss_function.weight
+        if weights is None or self.mix is not None:  # torch weighs mixed targets too, but divides by their number
+            return torch.tensor(float(len(labels)), device=labels.device)
+        return weights[labels].sum()
+
+
+class FiniteCheck:
+    """Ends a run whose loss or gradient is no number any more, before that is saved.
+
+    On a CPU it asks after every step, before the optimizer acts. A GPU would have to wait for the answer each time, so
+    there several steps are asked for at once, and before every validation and checkpoint.
+
+    Example:
+        >>> check = FiniteCheck(every=1)
+        >>> check.note(torch.tensor(0.7), torch.tensor(math.inf), "step 3 of epoch 1 at lr 2", lambda: "a.jpg, b.jpg")
+        Traceback (most recent call last):
+        transferkit.exceptions.TransferkitError: the gradient is no longer a number in step 3 ...
+    """
+
+    def __init__(self, *, every: int) -> None:
+        """Store the pace.
+
+        Args:
+            every: Steps between two questions, 1 or more.
+        """
+        self.every = every
+        self._noted: list[tuple[Tensor, str, Callable[[], str]]] = []
+
+    def note(self, loss: Tensor, norm: Tensor, where: str, names: Callable[[], str]) -> None:
+        """Remember a step.
+
+        Args:
+            loss: A scalar.
+            norm: Of the gradient, a scalar.
+            where: The step, in words.
+            names: Names its pictures.
+
+        Raises:
+            TransferkitError: One of the steps noted so far had no number.
+        """
+        self._noted.append((torch.stack([loss.detach(), whole(norm).to(loss.device)]), where, names))
+        if len(self._noted) >= self.every:
+            self.ask()
+
+    def ask(self) -> None:
+        """Raise ``TransferkitError`` for the first step noted whose loss or gradient is no number."""
+        for numbers, where, names in self._noted:
+            if not bool(numbers.isfinite().all()):
+                what = "gradient" if math.isfinite(numbers[0]) else "training loss"
+                raise TransferkitError(
+                    f"the {what} is no longer a number in {where}, whose pictures are {names()}; lower lr or set "
+                    "clip_grad_norm, and look at these pictures"
+                )
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the steps noted so far."""
+        self._noted.clear()
+
+
+def _synchronised(
+    accelerator: Accelerator, network: nn.Module, wrapped: nn.Module, last: bool
+) -> AbstractContextManager[Any]:
+    """Let processes exchange gradients in the last pass of a step only."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last else cast(AbstractContextManager[Any], accelerator.no_sync(wrapped))
+
+
+def _statistics(network: nn.Module) -> list[Tensor]:
+    """Return the running statistics that a forward pass in training changes."""
+    training = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    return [buffer for module in training for buffer in module.buffers(recurse=False)]
