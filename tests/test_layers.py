@@ -63,7 +63,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "callbacks.lr_scheduler",
         "callbacks.resuming",
     ),
-    ("prediction", "recipes", "plan", "run_folder", "finetuner", "plots", "lr_finder"),
+    (
+        "prediction",
+        "recipes",
+        "plan",
+        "run_folder",
+        "finetuner",
+        "plots",
+        "lr_finder",
+        "integrations",
+        "integrations._hosted",
+        "integrations.lightning",
+        "integrations.transformers",
+    ),
     ("demo", "cli", "__main__"),
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
