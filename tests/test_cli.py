@@ -217,3 +217,13 @@ def test_stages_of_an_unknown_network_is_one_sentence():
     stdout, message = run("stages", "resnet81", expect=2)
     assert stdout == ""
     assert "no torchvision or timm classifier named 'resnet81'" in message
+
+
+def test_find_lr_suggests_a_rate_and_draws_it(picture_folder: Path, tmp_path: Path):
+    network = ["--model", "timm/test_efficientnet", "--weights", "none", "--image-size", "32", "--policy", "full"]
+    stdout, _ = run("find-lr", picture_folder, *network, "--steps", 40, "--plot", tmp_path / "lr.png", "--workers", 0)
+    assert stdout.startswith("suggested lr ")
+    assert (tmp_path / "lr.png").stat().st_size > 1000
+    stdout, _ = run("find-lr", picture_folder, *network, "--steps", 40, "--json", "--workers", 0)
+    found = json.loads(stdout)
+    assert found["suggestion"] in found["lrs"]

@@ -52,6 +52,7 @@ _EXPORTS = {
     ],
     "history": ["EpochRecord", "History"],
     "interrupts": ["Interrupted"],
+    "lr_finder": ["LRFinding", "find_lr"],
     "metrics": ["Evaluation"],
     "model": ["Stage", "TrainingOutput", "TransferModel"],
     "optim": ["build_optimizer", "param_groups"],
@@ -127,6 +128,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
     from transferkit.history import EpochRecord as EpochRecord, History as History
     from transferkit.interrupts import Interrupted as Interrupted
+    from transferkit.lr_finder import LRFinding as LRFinding, find_lr as find_lr
     from transferkit.metrics import Evaluation as Evaluation
     from transferkit.model import Stage as Stage, TrainingOutput as TrainingOutput, TransferModel as TransferModel
     from transferkit.optim import build_optimizer as build_optimizer, param_groups as param_groups

@@ -196,6 +196,46 @@ saved in {folder}: model.safetensors, config.json, history.csv, curves.png, pred
 
 
 @app.command()
+def find_lr(
+    data: Annotated[Path, typer.Argument(help="Folder with train/ and val/, or with one folder per class.")],
+    model: Annotated[
+        str, typer.Option(help="torchvision/NAME, timm/NAME, or a bare name; see `transferkit models`.")
+    ] = "torchvision/mobilenet_v2",
+    weights: Annotated[str, typer.Option(help="default, a tag, a path to a state dict, bundled, or none.")] = "default",
+    policy: Annotated[str, typer.Option(help="head, full, gradual, until:STAGE or last:N.")] = "head",
+    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
+    image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
+    steps: Annotated[int, typer.Option(help="Learning rates to try, one batch each.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw the losses, .png, .svg or .pdf.")] = None,
+    device: Device = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Suggest a learning rate for a policy: each batch is tried with a higher one, on a copy of the network."""
+    from transferkit.finetuner import Finetuner
+
+    tuner = Finetuner(
+        model,
+        weights=_weights(weights),
+        policy=policy,
+        batch_size=batch_size,
+        image_size=image_size,
+        seed=seed,
+        device=device,
+        num_workers=workers,
+    )
+    finding = tuner.find_lr(data, steps=steps)
+    if plot is not None:
+        finding.plot(plot)
+    if as_json:
+        _print_json({"suggestion": finding.suggestion, "lrs": list(finding.lrs), "losses": list(finding.losses)})
+        return
+    typer.echo(f"suggested lr {finding.suggestion:.2g}")
+    typer.echo(f"  transferkit finetune {data} --model {model} --policy {policy} --lr {finding.suggestion:.2g}")
+
+
+@app.command()
 def evaluate(
     run: Run,
     data: Annotated[Path, typer.Argument(help="Folder of class folders, or one with val/ in it.")],

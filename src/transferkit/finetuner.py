@@ -56,6 +56,8 @@ from transferkit.transforms import Transform, eval_transform, train_transform
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from transferkit.lr_finder import LRFinding
+
 __all__ = ["Data", "Finetuner"]
 
 logger = logging.getLogger("transferkit")
@@ -306,14 +308,7 @@ class Finetuner:
         note_enlarging(self.model, self.data.train)
         recipe = self.recipe
         checkpoint = None if folder is None else self._resume_checkpoint(folder, recipe, self.data)
-        groups = param_groups(
-            self.model,
-            lr=recipe.lr / recipe.head_lr_multiplier,
-            weight_decay=recipe.weight_decay,
-            layer_decay=recipe.layer_decay,
-            head_lr_multiplier=recipe.head_lr_multiplier,
-        )
-        optimizer = build_optimizer(self.optimizer, groups)
+        optimizer = self._optimizer(self.model, recipe)
         trainer = Trainer(
             self.model,
             optimizer,
@@ -331,15 +326,17 @@ class Finetuner:
             shard=self.shard,
         )
         self.history = trainer.history
-        processes: dict[str, Any] = {
+        given: dict[str, Any] = {
+            "channels": self.model.preprocessing.channels,
             "rank": trainer.accelerator.process_index,
             "world_size": trainer.accelerator.num_processes,
         }
         preprocessing = self.model.preprocessing
-        train = self._loader(
-            self.data.train, train_transform(recipe.train_preset, preprocessing), train=True, **processes
-        )
-        val = self._loader(self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **processes)
+        train = self._loader(self.data.train, train_transform(recipe.train_preset, preprocessing), train=True, **given)
+        val = self._loader(self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **given)
+        steps = -(-len(train) // self.accumulate)
+        # before a state is taken back: the optimizer still has each group's own lr
+        plan = plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs, steps_per_epoch=steps)
         if checkpoint is not None:
             check_same_everywhere(trainer.accelerator, checkpoint.identity)
         if checkpoint is not None and resume == "auto":
@@ -352,7 +349,6 @@ class Finetuner:
         if self.progress and trainer.is_main_process:
             from rich.console import Console
 
-            plan = plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs)
             Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(plan)
         trainer.fit(train, val, epochs=self.epochs)
         if self.output_dir is not None and trainer.is_main_process:
@@ -365,6 +361,41 @@ class Finetuner:
             if checkpoint is not None:
                 checkpoint.store.clear()
         return self.history
+
+    def find_lr(self, data: Data, **options: Any) -> LRFinding:
+        """Try learning rates on a copy of the network (the learning rate range test); nothing is trained or kept.
+
+        Args:
+            data: As for :meth:`fit`.
+            **options: ``lowest``, ``highest`` and ``steps`` of :func:`transferkit.lr_finder.find_lr`.
+
+        Returns:
+            The rates and losses, with a ``suggestion`` for :attr:`lr` where the freeze policy is that of the first
+            epoch, and a ``plot``.
+
+        Raises:
+            SettingError: The loss never fell, so that no rate can be suggested.
+            TransferkitError: Whatever keeps :meth:`fit` from beginning.
+        """
+        from transferkit.lr_finder import find_lr
+
+        pictures = self._read(data)
+        model = self._build(pictures)
+        recipe = self.recipe
+        model.freeze(recipe.policy.frozen_stages(model.stage_names, 0))
+        transform = train_transform(recipe.train_preset, model.preprocessing)
+        weights = self._class_weights(pictures)
+        return find_lr(
+            model,
+            self._optimizer(model, recipe),
+            self._loader(pictures.train, transform, train=True, channels=model.preprocessing.channels),
+            loss_function=nn.CrossEntropyLoss(
+                weight=None if weights is None else torch.tensor(weights), label_smoothing=recipe.label_smoothing
+            ),
+            seed=self.seed,
+            device=self.device,
+            **options,
+        )
 
     def _finished(self, trainer: Trainer, state: dict[str, Any]) -> History:
         """Take over what a run has left that needs nothing more."""
@@ -394,7 +425,12 @@ class Finetuner:
             source = from_datasets(data, data, class_names=model.class_names).val
         device = choose_device(self.device)
         model.to(device)
-        batches = self._loader(source, eval_transform(model.eval_preset, model.preprocessing), train=False)
+        batches = self._loader(
+            source,
+            eval_transform(model.eval_preset, model.preprocessing),
+            train=False,
+            channels=model.preprocessing.channels,
+        )
         logits, labels = collect_logits(model.network, batches, device)
         return evaluate_logits(logits, labels, model.class_names).to_dict()
 
@@ -567,11 +603,18 @@ class Finetuner:
         return model.eval()
 
     def _loader(
-        self, source: LabelledPictures, transform: Transform, *, train: bool, rank: int = 0, world_size: int = 1
+        self,
+        source: LabelledPictures,
+        transform: Transform,
+        *,
+        train: bool,
+        channels: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> DataLoader[tuple[Tensor, int]]:
         workers = min(8, (os.cpu_count() or 1) - 1) if self.num_workers is None else self.num_workers
         return loader(
-            in_channels(source, self._trained().preprocessing.channels),
+            in_channels(source, channels),
             transform,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -581,6 +624,16 @@ class Finetuner:
             rank=rank,
             world_size=world_size,
         )
+
+    def _optimizer(self, model: TransferModel, recipe: Recipe) -> torch.optim.Optimizer:
+        groups = param_groups(
+            model,
+            lr=recipe.lr / recipe.head_lr_multiplier,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            head_lr_multiplier=recipe.head_lr_multiplier,
+        )
+        return build_optimizer(self.optimizer, groups)
 
     def _folder(self, *, resume: bool) -> RunFolder | None:
         if self.output_dir is None:

@@ -55,7 +55,7 @@ class Gradients:
 
     def weight(self, accelerator: Accelerator, window: Window) -> Tensor:
         """Return what the means of a step's pieces are divided by: its pictures, or their class weights, everywhere."""
-        weight = sum(self._weight_of(labels.to(accelerator.device)) for _, labels in window)
+        weight = sum(self._weight_of(labels, accelerator.device) for _, labels in window)
         return cast(Tensor, accelerator.reduce(weight))
 
     def add(
@@ -115,7 +115,7 @@ class Gradients:
             last = position + 1 == len(window) and number == len(pieces)
             with _synchronised(accelerator, self.model.network, wrapped, last), accelerator.autocast():
                 loss = self.model.loss(wrapped(some_images), some_targets, self.loss_function)
-                part = self._weight_of(some_labels)
+                part = self._weight_of(some_labels, accelerator.device)
                 # Gradients are averaged over the processes; the loss is a mean over the pictures in all of them.
                 accelerator.backward(loss * (accelerator.num_processes * part / weight))
             sums += torch.stack([loss.detach() * part, part])
@@ -168,11 +168,11 @@ class Gradients:
         )
         return sums
 
-    def _weight_of(self, labels: Tensor) -> Tensor:
+    def _weight_of(self, labels: Tensor, device: torch.device) -> Tensor:
         weights = self.loss_function.weight
         if weights is None or self.mix is not None:  # torch weighs mixed targets too, but divides by their number
-            return torch.tensor(float(len(labels)), device=labels.device)
-        return weights[labels].sum()
+            return torch.full((), float(len(labels)), device=device)  # no copy that a GPU would be waited for
+        return weights[labels.to(device)].sum()
 
 
 class FiniteCheck:
