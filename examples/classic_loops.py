@@ -43,7 +43,6 @@ LOOPS = {
         optimizer=plain_sgd,
         lr=1e-3,
         schedule=StepDecay(every=7, gamma=0.1),
-        batch_size=4,
         epochs=9,
     ),
     "full fine-tuning": partial(
@@ -52,7 +51,6 @@ LOOPS = {
         optimizer=plain_sgd,
         lr=1e-3,
         schedule=StepDecay(every=7, gamma=0.1),
-        batch_size=4,
         epochs=9,
     ),
     "head, then all at 1e-4": partial(
@@ -69,7 +67,7 @@ LOOPS = {
         policy="last:2",
         dropout=0.5,
         optimizer="adamw",
-        lr=1e-3,
+        lr=1e-4,
         weight_decay=0.01,
         schedule=Plateau(monitor="val_accuracy", mode="max", patience=1),
         epochs=8,
@@ -86,7 +84,7 @@ LOOPS = {
     "gradual unfreezing": partial(  # Howard & Ruder 2018 (ULMFiT); fastai
         Finetuner,
         policy="gradual",
-        lr=3e-3,
+        lr=1e-3,
         layer_decay=1 / 2.6,
         head_lr_multiplier=2.6,
         schedule=OneCycle(),

@@ -25,6 +25,7 @@ from transferkit.exceptions import (
     WeightsError,
 )
 from transferkit.history import History
+from transferkit.pieces import build_model
 from transferkit.preprocessing import Preprocessing
 from transferkit.sources import PictureData
 
@@ -194,7 +195,7 @@ def test_the_default_recipe_trains_the_head_first_and_then_everything(picture_fo
 
 def test_a_frozen_body_stays_as_it_was(picture_folder):
     tuner = fitted(picture_folder, policy="head", epochs=2, seed=3)
-    fresh = tuner_of(seed=3)._build(image_folder(picture_folder))
+    fresh = build_model(tuner_of(seed=3), image_folder(picture_folder))
     state, trained = fresh.network.state_dict(), tuner.model.network.state_dict()
     assert {key for key in state if not torch.equal(state[key], trained[key])} == {
         "classifier.weight",

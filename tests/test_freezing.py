@@ -87,6 +87,16 @@ def test_phase_lrs_are_those_given() -> None:
     assert LinearProbe().phase_lrs() == {}
 
 
+def test_phase_lrs_hold_those_of_a_schedule_within_a_phase_until_the_next_phase() -> None:
+    inner = ScheduledUnfreeze({0: TrainLast(2), 2: TrainLast(3), 4: FullFinetune()}, lr={0: 0.1, 2: 0.2, 4: 0.4})
+    assert ScheduledUnfreeze({0: LinearProbe(), 3: inner}).phase_lrs() == {3: 0.1, 5: 0.2, 7: 0.4}
+    assert ScheduledUnfreeze({0: LinearProbe(), 3: inner, 7: LinearProbe()}).phase_lrs() == {3: 0.1, 5: 0.2}
+    own = ScheduledUnfreeze({0: LinearProbe(), 3: inner, 6: FullFinetune()}, lr={3: 9.0, 6: 6.0})
+    assert own.phase_lrs() == {3: 9.0, 5: 0.2, 6: 6.0}
+    twice = ScheduledUnfreeze({0: ScheduledUnfreeze({0: LinearProbe(), 1: inner}), 4: FullFinetune()})
+    assert twice.phase_lrs() == {1: 0.1, 3: 0.2}
+
+
 simple_policies = st.one_of(
     st.just(FullFinetune()),
     st.just(LinearProbe()),

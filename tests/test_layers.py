@@ -68,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "recipes",
         "plan",
         "run_folder",
+        "pieces",
         "finetuner",
         "plots",
         "lr_finder",

@@ -16,6 +16,7 @@ from transferkit.create import create_model
 from transferkit.data import image_folder
 from transferkit.exceptions import SettingError
 from transferkit.freezing import FullFinetune, LinearProbe
+from transferkit.pieces import build_model
 from transferkit.plan import note_enlarging
 from transferkit.preprocessing import Preprocessing
 
@@ -58,7 +59,7 @@ def test_training_on_starts_from_the_saved_network_as_it_was(
     model = create_model(settings.pop("backbone"), weights=None, num_classes=2, seed=0, **settings).eval()
     save_artifact(model, tmp_path)
     tuner = Finetuner.load(tmp_path, device="cpu", progress=False)
-    again = tuner._build(image_folder(picture_folder)).eval()
+    again = build_model(tuner, image_folder(picture_folder)).eval()
     assert again.class_names == ("blue", "green", "red")
     assert (again.preprocessing, again.stem) == (model.preprocessing, model.stem)
     assert (again.aux_paths, again.small_images) == (model.aux_paths, model.small_images)

@@ -32,15 +32,12 @@ Run = Annotated[Path, typer.Argument(help="Output folder of a run, or any saved 
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with one sentence and exit code 2, an interrupt with 130."""
+    """Run the command line; a mistake of the user's ends with one sentence and exit code 2."""
     try:
         app()
     except TransferkitError as error:
         typer.echo(f"transferkit: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt as error:  # Interrupted is one, and says where
-        typer.echo(f"transferkit: {error or 'interrupted'}", err=True)
-        sys.exit(EXIT_CODE)
 
 
 def _print_version(wanted: bool) -> None:
@@ -132,11 +129,15 @@ def finetune(
 ) -> None:
     """Fine-tune a pretrained network on a folder of pictures; saves the best model, curves and predictions."""
     import time
+    import warnings
 
     from transferkit.devices import is_main_process
     from transferkit.finetuner import Finetuner
 
     started = time.perf_counter()
+    if not is_main_process():  # the first process says it already
+        logging.getLogger("transferkit").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     folder = output if output is not None else Path("runs") / data.resolve().name
     tuner = Finetuner(
         model,
@@ -168,10 +169,11 @@ def finetune(
     try:
         history = tuner.fit(data, resume="auto" if resume else None)
     except Interrupted as error:
-        if not is_main_process():
-            raise SystemExit(EXIT_CODE) from None
-        again = [each for each in sys.argv[1:] if each not in ("--resume", "--overwrite")]
-        raise Interrupted(f"{error}; to go on:\n  transferkit {shlex.join([*again, '--resume'])}") from None
+        if is_main_process():
+            again = [each for each in sys.argv[1:] if each not in ("--resume", "--overwrite")]
+            line = shlex.join(["transferkit", *again, "--resume"])
+            typer.echo(f"transferkit: {error}; to go on:\n  {line}", err=True)
+        raise typer.Exit(EXIT_CODE) from None  # typer ends with it at a KeyboardInterrupt too, but says nothing
     if not is_main_process():
         return
     tuner.plot_history(folder / "curves.png")

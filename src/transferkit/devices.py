@@ -116,7 +116,7 @@ def make_accelerator(device: str | None = None, precision: str = "auto") -> Acce
         )
     if accelerator.device.type != chosen.type:
         raise SettingError(
-            f"device={chosen.type!r}, but the processes have met on {accelerator.device.type!r}; use one kind of device "
-            "in a run of several processes"
+            f"device={chosen.type!r}, but the processes have met on {accelerator.device.type!r}; use one kind of "
+            "device in a run of several processes"
         )
     return accelerator

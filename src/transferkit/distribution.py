@@ -6,16 +6,21 @@ are wrapped by accelerate; ones that are sharded use torch's FSDP2 (``fully_shar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
 
+from transferkit.evaluation import keeps_mode
 from transferkit.exceptions import DataError, SettingError, TransferkitError
 from transferkit.model import TransferModel
 from transferkit.preprocessing import Preprocessing
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = [
+    "Sharding",
     "check_replicas",
     "check_same_everywhere",
     "equally_many",
@@ -32,11 +38,18 @@ __all__ = [
     "network_state",
     "optimizer_state",
     "reshard",
-    "shard",
     "share_buffers",
     "share_object",
+    "synchronised_norms",
     "whole",
 ]
+
+_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: nn.SyncBatchNorm,
+    nn.BatchNorm2d: nn.SyncBatchNorm,
+    nn.BatchNorm3d: nn.SyncBatchNorm,
+    BatchNormAct2d: SyncBatchNormAct,
+}
 
 
 def share_object(accelerator: Accelerator, value: Any) -> Any:
@@ -80,12 +93,12 @@ def check_replicas(accelerator: Accelerator, network: nn.Module) -> None:
     """
     if accelerator.num_processes == 1 or any(isinstance(each, DTensor) for each in network.parameters()):
         return
-    words = [each.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64) for each in network.parameters()]
-    sums = accelerator.gather(torch.stack(words)[None])
+    bits = [each.detach().reshape(-1).view(torch.uint8) for each in network.parameters()]
+    sums = accelerator.gather(torch.stack([each.sum(dtype=torch.int64) for each in bits])[None])
     if not bool((sums == sums[0]).all()):
         raise TransferkitError(
             "the processes' copies of the network have drifted apart; a callback that changes weights must do so "
-            "in every process"
+            "in every process, and all machines must be of one kind"
         )
 
 
@@ -93,48 +106,121 @@ def share_buffers(accelerator: Accelerator, network: nn.Module) -> None:
     """Give every process the main one's buffers: each has seen other pictures, and validation must use one network."""
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+            value = buffer.contiguous()
+            torch.distributed.broadcast(value, src=0)
+            buffer.copy_(value)
 
 
-def shard(accelerator: Accelerator, model: TransferModel, optimizer: torch.optim.Optimizer) -> None:
-    """Spread a network's parameters over the processes; the optimizer's groups follow.
+@contextmanager
+def synchronised_norms(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let batch norms in training see the batches of all processes as one, while this is entered.
+
+    Only the modules' class is another meanwhile, so that keys and tensors stay what they are.
+
+    Args:
+        network: Where they are.
+        device: Where it is trained.
+
+    Raises:
+        SettingError: The device is a CPU, for which torch cannot do it, or a batch norm is of a class of its own.
+
+    Source: ``torch.nn.SyncBatchNorm``; timm's ``SyncBatchNormAct``.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        >>> with synchronised_norms(network, torch.device("cuda")):
+        ...     network[1]
+        SyncBatchNorm(4, ...)
+        >>> network[1]
+        BatchNorm2d(4, ...)
+    """
+    if device.type == "cpu":
+        raise SettingError(
+            "sync_batch_norm needs GPUs, since torch synchronises batch norms only there; leave it out, or keep the "
+            "pretrained statistics with keep_statistics=True"
+        )
+    norms: list[tuple[str, Any]] = [each for each in network.named_modules() if isinstance(each[1], _BatchNorm)]
+    if own := [name for name, module in norms if type(module) not in _SYNCHRONISED]:
+        raise SettingError(
+            f"sync_batch_norm knows torch's batch norms and timm's BatchNormAct2d, and {own[0]} is neither; leave it "
+            "out"
+        )
+    before = [(module, type(module)) for _, module in norms]
+    for module, kind in before:
+        module.__class__ = _SYNCHRONISED[kind]
+        module.process_group = None  # all processes
+    try:
+        yield
+    finally:
+        for module, kind in before:
+            module.__class__ = kind
+            del module.process_group
+
+
+class Sharding:
+    """A network whose parameters are spread over the processes, in place; the optimizer's groups and state follow.
 
     Args:
         accelerator: The processes.
-        model: Its parameters become DTensors, in place.
-        optimizer: One that has made no step yet.
+        model: Its parameters become DTensors until :meth:`undo`.
+        optimizer: Holds all of them.
 
     Raises:
-        SettingError: There is one process only, or the optimizer has made steps.
+        SettingError: There is one process only.
         TransferkitError: A parameter was not spread.
 
     Source: ``torch.distributed.fsdp.fully_shard`` (Zhao et al. 2023, "PyTorch FSDP").
     """
-    if accelerator.num_processes == 1:
-        raise SettingError(
-            "sharding spreads a network over several processes, and this is one: start the run with torchrun or "
-            "accelerate launch, or leave shard alone"
-        )
-    if optimizer.state:
-        raise SettingError("sharding needs a new optimizer; this one has made steps")
-    network = model.network
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for stage in model.stages[:-1]:
-        for path in stage.paths:
-            module = network.get_submodule(path)
-            if type(module).forward is not nn.Module.forward and _owns_its_parameters(network, path):
-                fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    spread = dict(network.named_parameters())
-    if left := [name for name, parameter in spread.items() if not isinstance(parameter, DTensor)]:
-        raise TransferkitError(f"{model.name} could not be sharded: {left[0]} stayed whole; run it without shard")
-    for group in optimizer.param_groups:
-        group["params"] = [spread[names[id(parameter)]] for parameter in group["params"]]
+
+    def __init__(self, accelerator: Accelerator, model: TransferModel, optimizer: torch.optim.Optimizer) -> None:
+        """Spread them."""
+        if accelerator.num_processes == 1:
+            raise SettingError(
+                "sharding spreads a network over several processes, and this is one: start the run with torchrun or "
+                "accelerate launch, or leave shard alone"
+            )
+        self.model, self.optimizer = model, optimizer
+        network = model.network
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        self._groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        self._plain = copy.deepcopy(network).to("cpu")
+        state = optimizer_state(optimizer)
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for module in _parts(model):
+            fully_shard(module, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+        if left := [name for name, each in network.named_parameters() if not isinstance(each, DTensor)]:
+            raise TransferkitError(f"{model.name} could not be sharded: {left[0]} stayed whole; run it without shard")
+        self._hand_over(state)
+
+    def undo(self, *, complete: bool) -> None:
+        """Give the model a native network again, and the optimizer its parameters.
+
+        Args:
+            complete: Whether with the weights and the optimizer's state of now, for which every process must call;
+                else the weights are those that were spread, and the optimizer has no state.
+        """
+        device = next(self.model.parameters()).device
+        state: dict[str, Any] | None = None
+        if complete:
+            state = optimizer_state(self.optimizer)
+            self._plain.load_state_dict(network_state(self.model.network))
+        self.model.network = self._plain.to(device)
+        self.model.freeze(self.model.frozen)
+        self._hand_over(state)
+
+    def _hand_over(self, state: Mapping[str, Any] | None) -> None:
+        """Let the optimizer hold the parameters of these names that the network has now."""
+        parameters = dict(self.model.network.named_parameters())
+        for group, names in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [parameters[name] for name in names]
+        self.optimizer.state.clear()
+        if state is not None:
+            load_optimizer_state(self.optimizer, state)
 
 
 def reshard(network: nn.Module) -> None:
-    """Let go of whole parameters that a pass without gradients has gathered, or the next would take them as they are."""
+    """Let a sharded network forget the whole parameters that its last pass gathered, so that it holds the shards."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -143,15 +229,47 @@ def reshard(network: nn.Module) -> None:
 def equally_many(
     accelerator: Accelerator, batches: Iterable[tuple[Tensor, Tensor]], preprocessing: Preprocessing
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Add empty batches where a process has fewer than others: a sharded network runs in all of them or in none."""
-    count = 0
-    for batch in batches:
-        yield batch
-        count += 1
-    counts = accelerator.gather(torch.tensor([count], device=accelerator.device))
-    for _ in range(int(counts.max()) - count):
-        empty = torch.zeros(0, preprocessing.channels, preprocessing.size, preprocessing.size)
-        yield empty, torch.zeros(0, dtype=torch.int64)
+    """Add a black picture without a label for each batch that others have more: a sharded network runs in all or none.
+
+    Its logits come last, after those that have a label.
+    """
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        # Asked before each, since what a pass sends must not meet another question.
+        if not accelerator.reduce(torch.tensor(float(batch is not None), device=accelerator.device)) > 0:
+            return
+        yield (_picture(preprocessing), torch.zeros(0, dtype=torch.int64)) if batch is None else batch
+
+
+def _picture(preprocessing: Preprocessing) -> Tensor:
+    return torch.zeros(1, preprocessing.channels, preprocessing.size, preprocessing.size)
+
+
+def _parts(model: TransferModel) -> list[nn.Module]:
+    """Return modules that can be gathered one after the other: blocks whose parameters nothing else uses.
+
+    What gives a view of its input, a permutation for one, is left out: where it is changed in place, FSDP would lose
+    its hook and with it the gradient.
+    """
+    network, paths = model.network, [path for stage in model.stages[:-1] for path in stage.paths]
+    modules = [network.get_submodule(path) for path in paths if _owns_its_parameters(network, path)]
+    views: dict[nn.Module, bool] = {}
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        views[module] = views.get(module, False) or any(
+            isinstance(each, Tensor) and each._is_view() for each in tree_leaves(output)
+        )
+
+    blocks = [each for each in modules if any(each.children()) and not isinstance(each, _BatchNorm)]
+    handles = [block.register_forward_hook(note) for block in blocks]
+    try:
+        with keeps_mode(model), torch.no_grad():
+            network.eval()(_picture(model.preprocessing).to(next(network.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [block for block in blocks if views.get(block) is False]
 
 
 def _owns_its_parameters(network: nn.Module, path: str) -> bool:

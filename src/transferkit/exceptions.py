@@ -11,6 +11,7 @@ __all__ = [
     "OutputError",
     "PictureError",
     "SettingError",
+    "SplitError",
     "TransferkitError",
     "UnknownModelError",
     "UnknownStageError",
@@ -53,6 +54,10 @@ class OutputError(TransferkitError):
 
 class SettingError(TransferkitError, ValueError):
     """A setting is outside its range, or two settings exclude each other."""
+
+
+class SplitError(TransferkitError):
+    """The network cannot be cut behind its frozen stages, so they run at every epoch."""
 
 
 def closest(name: str, known: Iterable[str], *, count: int = 3) -> str:

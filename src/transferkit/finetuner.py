@@ -5,49 +5,51 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from transferkit.callbacks import (
     EMA,
     BestCheckpoint,
     Callback,
-    CSVLogger,
     EarlyStopping,
-    LRScheduler,
-    Progress,
-    ResumeCheckpoint,
-    UnfreezeLogger,
 )
 from transferkit.callbacks.resuming import check_pace
 from transferkit.checkpoint import HISTORY, WEIGHTS, load_artifact, save_artifact
-from transferkit.create import adapt, create_model
-from transferkit.data import from_datasets, image_folder, labelled_folder
-from transferkit.devices import choose_device, is_main_process
+from transferkit.data import from_datasets, labelled_folder
+from transferkit.devices import choose_device
 from transferkit.distribution import check_same_everywhere, load_network_state, share_object
 from transferkit.evaluation import collect_logits
-from transferkit.exceptions import DataError, SettingError
+from transferkit.exceptions import SettingError
 from transferkit.freezing import FreezePolicy, policy_from_text
 from transferkit.heads import Head
 from transferkit.history import History
-from transferkit.identity import check_same_run, run_identity
-from transferkit.loading import in_channels, loader
+from transferkit.identity import check_same_run
+from transferkit.loading import in_channels
 from transferkit.metrics import evaluate_logits
 from transferkit.model import TransferModel
-from transferkit.optim import OptimizerFactory, build_optimizer, check_rates, find_optimizer, param_groups
+from transferkit.optim import OptimizerFactory, check_rates, find_optimizer
+from transferkit.pieces import (
+    build_model,
+    class_weights,
+    identity_of,
+    make_callbacks,
+    make_loader,
+    make_optimizer,
+    read_pictures,
+    resume_checkpoint,
+    run_folder,
+)
 from transferkit.plan import note_enlarging, plan_text
 from transferkit.prediction import Pictures, Prediction, predict
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
 from transferkit.recipes import Recipe, default_recipe
-from transferkit.run_folder import RunFolder
 from transferkit.schedules import Schedule, schedule_by_name
 from transferkit.sources import LabelledPictures, PictureData
 from transferkit.trainer import Trainer, check_training
@@ -61,18 +63,6 @@ if TYPE_CHECKING:
 __all__ = ["Data", "Finetuner"]
 
 logger = logging.getLogger("transferkit")
-
-# Settings that a resumed run may change: where it runs, what it shows, how often it saves.
-_WITHOUT_EFFECT = {
-    "callbacks",
-    "checkpoint_every",
-    "checkpoint_interval",
-    "device",
-    "num_workers",
-    "output_dir",
-    "overwrite",
-    "progress",
-}
 
 Data = str | os.PathLike[str] | PictureData | tuple[Any, Any]
 """A picture folder, a :class:`PictureData`, or a pair of map-style data sets (train, val)."""
@@ -132,6 +122,7 @@ class Finetuner:
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         shard: Whether the network is spread over the processes instead of repeated in each (FSDP2).
+        sync_batch_norm: Whether batch norms in training see the batches of all processes as one; on GPUs only.
         num_workers: Processes that read pictures; ``None`` for one per spare core, 8 at most.
         callbacks: More callbacks, called after the built-in ones.
         progress: Whether the plan, a progress bar and a line per epoch are shown on standard error.
@@ -191,6 +182,7 @@ class Finetuner:
     device: str | None = None
     precision: str = "auto"
     shard: bool = False
+    sync_batch_norm: bool = False
     num_workers: int | None = None
     callbacks: Sequence[Callback] = ()
     progress: bool = True
@@ -302,21 +294,22 @@ class Finetuner:
         started = time.perf_counter()
         if resume not in (None, "auto"):
             raise SettingError(f"resume={resume!r}; it can be 'auto', or None to start anew")
-        folder = self._folder(resume=resume == "auto")
-        self.data = self._read(data)
-        self.model = self._build(self.data)
+        folder = run_folder(self, resume=resume == "auto")
+        self.data = read_pictures(self, data)
+        self.model = build_model(self, self.data)
         note_enlarging(self.model, self.data.train)
         recipe = self.recipe
-        checkpoint = None if folder is None else self._resume_checkpoint(folder, recipe, self.data)
-        optimizer = self._optimizer(self.model, recipe)
+        identity = identity_of(self, self.model, self.data)
+        checkpoint = None if folder is None else resume_checkpoint(self, folder, identity)
+        optimizer = make_optimizer(self, self.model)
         trainer = Trainer(
             self.model,
             optimizer,
             policy=recipe.policy,
-            callbacks=self._callbacks(recipe, folder, checkpoint),
+            callbacks=make_callbacks(self, folder, checkpoint),
             seed=self.seed,
             label_smoothing=recipe.label_smoothing,
-            class_weights=self._class_weights(self.data),
+            class_weights=class_weights(self, self.data),
             mixup=self.mixup,
             cutmix=self.cutmix,
             accumulate=self.accumulate,
@@ -324,6 +317,7 @@ class Finetuner:
             device=self.device,
             precision=self.precision,
             shard=self.shard,
+            sync_batch_norm=self.sync_batch_norm,
         )
         self.history = trainer.history
         given: dict[str, Any] = {
@@ -332,13 +326,14 @@ class Finetuner:
             "world_size": trainer.accelerator.num_processes,
         }
         preprocessing = self.model.preprocessing
-        train = self._loader(self.data.train, train_transform(recipe.train_preset, preprocessing), train=True, **given)
-        val = self._loader(self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **given)
+        train = make_loader(
+            self, self.data.train, train_transform(recipe.train_preset, preprocessing), train=True, **given
+        )
+        val = make_loader(self, self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **given)
         steps = -(-len(train) // self.accumulate)
         # before a state is taken back: the optimizer still has each group's own lr
         plan = plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs, steps_per_epoch=steps)
-        if checkpoint is not None:
-            check_same_everywhere(trainer.accelerator, checkpoint.identity)
+        check_same_everywhere(trainer.accelerator, identity)
         if checkpoint is not None and resume == "auto":
             state = share_object(trainer.accelerator, folder.state() if folder and trainer.is_main_process else None)
             if state is not None:
@@ -379,16 +374,16 @@ class Finetuner:
         """
         from transferkit.lr_finder import find_lr
 
-        pictures = self._read(data)
-        model = self._build(pictures)
+        pictures = read_pictures(self, data)
+        model = build_model(self, pictures)
         recipe = self.recipe
         model.freeze(recipe.policy.frozen_stages(model.stage_names, 0))
         transform = train_transform(recipe.train_preset, model.preprocessing)
-        weights = self._class_weights(pictures)
+        weights = class_weights(self, pictures)
         return find_lr(
             model,
-            self._optimizer(model, recipe),
-            self._loader(pictures.train, transform, train=True, channels=model.preprocessing.channels),
+            make_optimizer(self, model),
+            make_loader(self, pictures.train, transform, train=True, channels=model.preprocessing.channels),
             loss_function=nn.CrossEntropyLoss(
                 weight=None if weights is None else torch.tensor(weights), label_smoothing=recipe.label_smoothing
             ),
@@ -425,7 +420,8 @@ class Finetuner:
             source = from_datasets(data, data, class_names=model.class_names).val
         device = choose_device(self.device)
         model.to(device)
-        batches = self._loader(
+        batches = make_loader(
+            self,
             source,
             eval_transform(model.eval_preset, model.preprocessing),
             train=False,
@@ -562,136 +558,7 @@ class Finetuner:
         }
         return {name: value if isinstance(value, plain) else str(value)[:200] for name, value in given.items()}
 
-    def _read(self, data: Data) -> PictureData:
-        if isinstance(data, PictureData):
-            return data
-        if isinstance(data, tuple):
-            if len(data) != 2:
-                raise DataError(f"a tuple of data sets must be (train, val), got {len(data)} elements")
-            return from_datasets(*data)
-        if not isinstance(data, str | os.PathLike):
-            raise DataError(
-                f"cannot fit a {type(data).__name__}; give a folder, a PictureData, or (train, val) data sets"
-            )
-        return image_folder(data, val_fraction=self.val_fraction, seed=self.seed)
-
-    def _build(self, data: PictureData) -> TransferModel:
-        shape: dict[str, Any] = {"dropout": self.dropout, "hidden_size": self.hidden_size, "seed": self.seed}
-        if isinstance(self.backbone, nn.Module):
-            model = adapt(
-                self.backbone,
-                class_names=data.class_names,
-                head=self.head,
-                preprocessing=self.preprocessing,
-                **shape,
-            )
-        else:
-            model = create_model(
-                self.backbone,
-                class_names=data.class_names,
-                weights=self.weights,
-                image_size=self.image_size,
-                in_chans=self.in_chans,
-                aux=self.aux,
-                small_images=self.small_images,
-                preprocessing=self.preprocessing,
-                **shape,
-            )
-        model.eval_preset = self.eval_preset
-        known = self.weights is not None and self.small_images != "stem"  # at another scale they do not hold
-        model.keep_statistics = known if self.keep_statistics is None else self.keep_statistics
-        return model.eval()
-
-    def _loader(
-        self,
-        source: LabelledPictures,
-        transform: Transform,
-        *,
-        train: bool,
-        channels: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> DataLoader[tuple[Tensor, int]]:
-        workers = min(8, (os.cpu_count() or 1) - 1) if self.num_workers is None else self.num_workers
-        return loader(
-            in_channels(source, channels),
-            transform,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            train=train,
-            balanced=train and self.balanced,
-            num_workers=min(workers, len(source) // self.batch_size),
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def _optimizer(self, model: TransferModel, recipe: Recipe) -> torch.optim.Optimizer:
-        groups = param_groups(
-            model,
-            lr=recipe.lr / recipe.head_lr_multiplier,
-            weight_decay=recipe.weight_decay,
-            layer_decay=recipe.layer_decay,
-            head_lr_multiplier=recipe.head_lr_multiplier,
-        )
-        return build_optimizer(self.optimizer, groups)
-
-    def _folder(self, *, resume: bool) -> RunFolder | None:
-        if self.output_dir is None:
-            if resume:
-                raise SettingError("resume goes on with the run in output_dir, and there is none; set output_dir")
-            return None
-        folder = RunFolder(self.output_dir, overwrite=self.overwrite, resume=resume)
-        if is_main_process():  # it looks before it writes, and others might see what it has written
-            folder.check()
-        return folder
-
-    def _resume_checkpoint(self, folder: RunFolder, recipe: Recipe, data: PictureData) -> ResumeCheckpoint:
-        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
-        chosen = {each.name: getattr(recipe, each.name) for each in fields(recipe)}
-        settings = {name: value for name, value in {**given, **chosen}.items() if name not in _WITHOUT_EFFECT}
-        return ResumeCheckpoint(
-            folder.resume_path,
-            every=self.checkpoint_every,
-            min_interval=self.checkpoint_interval,
-            identity=run_identity(self._trained(), data, settings),
-        )
-
-    def _callbacks(
-        self, recipe: Recipe, folder: RunFolder | None, checkpoint: ResumeCheckpoint | None
-    ) -> list[Callback]:
-        callbacks: list[Callback] = [] if folder is None else [_Clear(folder)]
-        callbacks.append(LRScheduler(recipe.schedule))
-        if self.ema is not None:
-            callbacks.append(EMA(self.ema))  # before what looks at the epoch's weights
-        callbacks += [BestCheckpoint(self.output_dir, monitor=self.monitor), UnfreezeLogger()]
-        if self.patience is not None:
-            callbacks.append(EarlyStopping(patience=self.patience, monitor=self.monitor))
-        if self.output_dir is not None:
-            callbacks.append(CSVLogger(Path(self.output_dir) / HISTORY))
-        if self.progress:
-            callbacks.append(Progress(monitor=self.monitor))
-        callbacks += self.callbacks
-        return callbacks if checkpoint is None else [*callbacks, checkpoint]
-
-    def _class_weights(self, data: PictureData) -> Sequence[float] | None:
-        if not isinstance(self.class_weights, str):
-            return self.class_weights
-        counts = Counter(data.train.labels())
-        return [len(data.train) / (len(counts) * counts[label]) for label in range(len(data.class_names))]
-
     def _trained(self) -> TransferModel:
         if self.model is None:
             raise SettingError("there is no model yet: call fit(DATA) first, or Finetuner.load(DIRECTORY)")
         return self.model
-
-
-class _Clear(Callback):
-    """Remove the run that is to be replaced, once nothing but training can fail."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Do it where the run begins."""
-        if trainer.is_main_process and trainer.at_beginning:
-            self.folder.clear()

@@ -204,7 +204,8 @@ class ScheduledUnfreeze(FreezePolicy):
     Args:
         phases: Policy by the number of epochs done when it begins; must hold 0.
         lr: Learning rate by the same numbers, for phases that bring their own. Such a phase starts its learning-rate
-            schedule anew; a phase without one goes on with the schedule that is running.
+            schedule anew; a phase without one goes on with the schedule that is running. It takes the place of one
+            that the phase's own policy begins with.
 
     Raises:
         SettingError: No phase begins at 0, a number is negative, or an lr is not above 0 or has no phase.
@@ -232,12 +233,21 @@ class ScheduledUnfreeze(FreezePolicy):
 
     def frozen_stages(self, stage_names: Sequence[str], epoch: int) -> frozenset[str]:
         """Return what the phase that covers ``epoch`` freezes."""
-        start = max(begin for begin in self.phases if begin <= epoch)
+        start = self._begin_of_phase(epoch)
         return self.phases[start].frozen_stages(stage_names, epoch - start)
 
     def phase_lrs(self) -> Mapping[int, float]:
-        """Return the given learning rates."""
-        return dict(self.lr)
+        """Return the given learning rates, and those that the phases' own policies bring while they last."""
+        nested = {
+            start + epoch: lr
+            for start, policy in self.phases.items()
+            for epoch, lr in policy.phase_lrs().items()
+            if self._begin_of_phase(start + epoch) == start
+        }
+        return dict(sorted({**nested, **self.lr}.items()))
+
+    def _begin_of_phase(self, epoch: int) -> int:
+        return max(start for start in self.phases if start <= epoch)
 
 
 @dataclass(frozen=True)

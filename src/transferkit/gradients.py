@@ -52,6 +52,7 @@ class Gradients:
         """Store the pieces."""
         self.model, self.loss_function, self.mix = model, loss_function, mix
         self.micro_batch: int | None = None
+        self._before: list[Tensor] = []  # running statistics before the step, to which one that is begun again returns
 
     def weight(self, accelerator: Accelerator, window: Window) -> Tensor:
         """Return what the means of a step's pieces are divided by: its pictures, or their class weights, everywhere."""
@@ -84,7 +85,8 @@ class Gradients:
         Raises:
             TransferkitError: Not even one picture fits into memory.
         """
-        before = [each.clone() for each in _statistics(self.model.network)]
+        if position == 0:
+            self._before = [each.clone() for each in _statistics(self.model.network)]
         try:
             return self._add(accelerator, wrapped, window, position, weight, seeds)
         except RuntimeError as error:
@@ -92,7 +94,7 @@ class Gradients:
             if accelerator.num_processes > 1 or not should_reduce_batch_size(error):
                 raise
         # Outside of the except block, so that nothing holds on to the memory of the failed attempt.
-        return self._add_smaller(accelerator, wrapped, window, position, weight, seeds, before)
+        return self._add_smaller(accelerator, wrapped, window, position, weight, seeds)
 
     def _add(
         self,
@@ -129,7 +131,6 @@ class Gradients:
         position: int,
         weight: Tensor,
         seeds: Sequence[Sequence[int]],
-        statistics: Sequence[Tensor],
     ) -> Tensor:
         """Do the step's batches so far again in smaller pieces."""
         largest = size = self.micro_batch or max(len(labels) for _, labels in window)
@@ -141,7 +142,7 @@ class Gradients:
 
         def attempt(size: int) -> Tensor:
             self.micro_batch = size
-            for buffer, value in zip(_statistics(self.model.network), statistics, strict=True):
+            for buffer, value in zip(_statistics(self.model.network), self._before, strict=True):
                 buffer.copy_(value)
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -164,7 +165,7 @@ class Gradients:
             largest,
             self.micro_batch,
             sum(len(labels) for _, labels in window),
-            "; batch norms in training see the smaller ones" if statistics else "",
+            "; batch norms in training see the smaller ones" if self._before else "",
         )
         return sums
 

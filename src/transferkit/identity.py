@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from transferkit.exceptions import ArtifactError
@@ -95,6 +96,8 @@ def _lines(source: LabelledPictures) -> Iterable[str]:
 
 
 def _described(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, os.PathLike):

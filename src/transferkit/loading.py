@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -303,8 +304,10 @@ def _labels_of(source: LabelledPictures) -> list[int]:
 
 
 def _leave_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal, and the one that trains still wants the pictures of its step.
+    # Ctrl-C, and often SIGTERM, go to a whole group of processes; the one that trains wants the pictures of its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class _Batches(DataLoader[tuple[Tensor, int]]):

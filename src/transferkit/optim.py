@@ -102,12 +102,12 @@ def param_groups(
     groups: list[dict[str, Any]] = []
     stages = tuple(model.stages)
     for depth, stage in zip(reversed(range(len(stages))), stages, strict=True):
-        stage_lr = lr * (layer_decay**depth if depth else head_lr_multiplier)
+        stage_lr = float(lr * (layer_decay**depth if depth else head_lr_multiplier))  # whatever numpy calls a number
         decayed = [parameter for parameter in stage.parameters if id(parameter) not in undecayed]
         others = [parameter for parameter in stage.parameters if id(parameter) in undecayed]
         groups += [
             {"params": params, "lr": stage_lr, "weight_decay": decay, "stage": stage.name}
-            for params, decay in ((decayed, weight_decay), (others, 0.0))
+            for params, decay in ((decayed, float(weight_decay)), (others, 0.0))
             if params
         ]
     _require_every_parameter_once(model.network, groups)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ from transferkit.batches import names_of, start_epoch, windows
 from transferkit.callbacks._base import Callback, callback_states, named
 from transferkit.devices import PRECISIONS, make_accelerator
 from transferkit.distribution import (
+    Sharding,
     check_replicas,
     check_same_everywhere,
     equally_many,
@@ -26,8 +27,8 @@ from transferkit.distribution import (
     network_state,
     optimizer_state,
     reshard,
-    shard,
     share_buffers,
+    synchronised_norms,
 )
 from transferkit.evaluation import collect_logits, keeps_mode
 from transferkit.exceptions import ArtifactError, DataError, SettingError, TransferkitError
@@ -73,7 +74,9 @@ class Trainer:
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         shard: Whether parameters, gradients and optimizer state are spread over the processes (FSDP2) instead of
-            repeated in each. :meth:`fit` gives back a network that is whole in every process.
+            repeated in each. :meth:`fit` gives back a network that is whole in every process; after an error it has
+            the weights that fit began with.
+        sync_batch_norm: Whether batch norms in training see the batches of all processes as one; on GPUs only.
 
     Attributes:
         epoch: The epoch that runs, or ran last, counted from 0.
@@ -104,6 +107,7 @@ class Trainer:
         device: str | None = None,
         precision: str = "auto",
         shard: bool = False,
+        sync_batch_norm: bool = False,
     ) -> None:
         """Store and check the settings; no device is touched yet."""
         check_training(
@@ -134,14 +138,16 @@ class Trainer:
         self.seed = seed
         self.accumulate, self.clip_grad_norm = accumulate, clip_grad_norm
         self.device_name, self.precision, self.shard = device, precision, shard
+        self.sync_batch_norm = sync_batch_norm
         self.history = History()
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
         self.should_stop = False
         self._stepper: Any = optimizer
-        self._plain: nn.Module | None = None
+        self._sharding: Sharding | None = None
         self._interrupts = Interrupts()
         self._sums = torch.zeros(2)
-        self._finite = FiniteCheck(every=1)
+        self._ask_every = 1
+        self._finite = FiniteCheck(every=self._ask_every)
         self._seconds = 0.0
         weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.loss_function = nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
@@ -210,7 +216,8 @@ class Trainer:
             in the training or eval mode it was in.
 
         Raises:
-            SettingError: ``epochs`` is below 1.
+            SettingError: ``epochs`` is below 1, or the processes or the device do not allow ``shard`` or
+                ``sync_batch_norm``.
             DataError: There are no pictures to train or to validate on, or processes do not see the same.
             UnknownStageError: The policy names a stage that the model does not have; nothing has been trained then.
             TransferkitError: A loss or gradient is no longer a number, or one picture does not fit into memory.
@@ -224,8 +231,12 @@ class Trainer:
             self.policy.frozen_stages(self.model.stage_names, epoch)
         self.epochs, self.batches_per_epoch = epochs, len(train_batches)
         self._interrupts = Interrupts(patient=self.accelerator.num_processes > 1)
-        check_same_everywhere(self.accelerator, {"a number of batches of": len(train_batches)})
-        with keeps_mode(self.model), keeps_generators(), self._interrupts:
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        facts = {"a number of batches of": len(train_batches), "learning rates of": lrs, "epochs": epochs}
+        check_same_everywhere(self.accelerator, facts)
+        norms = synchronised_norms(self.model.network, self.device) if self.sync_batch_norm else nullcontext()
+        complete = True
+        with keeps_mode(self.model), keeps_generators(), self._interrupts, norms:
             try:
                 self._place()
                 # Callbacks meet the model as its first epoch will find it.
@@ -241,26 +252,26 @@ class Trainer:
                 self._call("on_fit_end")
             except BaseException as error:
                 if not isinstance(error, Interrupted):
+                    complete = False  # other processes may not have met the error
                     self._begin_epoch()  # what was broken off within a step begins again with its epoch
                 self._call("on_exception")
                 raise
             finally:
                 self.should_stop = False
-                self._unwrap()
+                self._unwrap(complete=complete)
         return self.history
 
     def _place(self) -> None:
         """Put the network where it is trained, and spread it over the processes if that is asked for."""
         self.model.to(self.device)
         self.loss_function.to(self.device)
-        self._finite = FiniteCheck(every=1 if self.device.type == "cpu" else _ASK_EVERY)
-        if self.shard and self._plain is None:
-            self._plain = copy.deepcopy(self.model.network)
-            shard(self.accelerator, self.model, self.optimizer)
+        self._ask_every = 1 if self.device.type == "cpu" else _ASK_EVERY
+        self._finite = FiniteCheck(every=self._ask_every)
+        if self.shard and self._sharding is None:
+            self._sharding = Sharding(self.accelerator, self.model, self.optimizer)
 
     def _freeze(self, stages: frozenset[str]) -> nn.Module:
         """Apply the policy, and wrap the model for the device: what synchronises gradients must know what trains."""
-        check_replicas(self.accelerator, self.model.network)
         self.model.freeze(stages)
         if self._stepper is not self.optimizer:
             self.accelerator.free_memory()  # it would hold on to the model and the optimizer as wrapped before
@@ -272,12 +283,11 @@ class Trainer:
         check_replicas(self.accelerator, self.model.network)
         return cast(nn.Module, wrapped)
 
-    def _unwrap(self) -> None:
+    def _unwrap(self, *, complete: bool) -> None:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        if self._plain is not None:  # a network as it came, with the tensors that were spread
-            self._plain.load_state_dict(network_state(self.model.network))
-            self.model.network, self._plain = self._plain, None
-            self.model.freeze(self.model.frozen)
+        if self._sharding is not None:
+            sharding, self._sharding = self._sharding, None
+            sharding.undo(complete=complete)
 
     def _begin_epoch(self) -> None:
         self.batch, self._seconds, self._sums = 0, 0.0, torch.zeros(2)
@@ -292,6 +302,7 @@ class Trainer:
         self.model.train()
         self._call("on_train_epoch_start")
         train_loss = self._train(wrapped, train_batches, started)
+        check_replicas(self.accelerator, self.model.network)
         share_buffers(self.accelerator, self.model.network)
         self._call("on_validation_start")
         validation = self.evaluate(self._until_interrupted(val_batches))
@@ -355,7 +366,7 @@ class Trainer:
 
     def _stop_if_interrupted(self) -> None:
         several = self.accelerator.num_processes > 1
-        if several and self.step % _ASK_EVERY and self.batch < self.batches_per_epoch:
+        if several and self.step % self._ask_every and self.batch < self.batches_per_epoch:
             return
         if self.any_process(self._interrupts.name is not None):
             done = self.step - self.epoch * self.steps_per_epoch
@@ -451,9 +462,10 @@ class Trainer:
             DataError: There are no pictures.
         """
         self.model.to(self.device)
-        if self._plain is not None:
+        if self._sharding is not None:
             batches = equally_many(self.accelerator, batches, self.model.preprocessing)
         logits, labels = collect_logits(self.model.network, batches, self.device)
+        logits = logits[: len(labels)]
         reshard(self.model.network)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object

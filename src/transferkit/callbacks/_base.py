@@ -114,6 +114,9 @@ def named(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
 
 
 def callback_states(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
-    """Return what callbacks must remember, by the names :func:`named` gives; those with nothing are left out."""
-    states = {name: callback.state_dict() for name, callback in named(callbacks)}
-    return {name: state for name, state in states.items() if state}
+    """Return what callbacks must remember, by the names :func:`named` gives; those that never have any are left out."""
+    return {
+        name: callback.state_dict()
+        for name, callback in named(callbacks)
+        if type(callback).state_dict is not Callback.state_dict
+    }

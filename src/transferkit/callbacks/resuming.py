@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ class ResumeCheckpoint(Callback):
         self.identity = dict(identity or {})
         self._saved = -float("inf")
         self._at_beginning = False
+        self._fit = ""  # frozen tensors are those of one fit: before another they may have become others
 
     def read(self) -> dict[str, Any] | None:
         """Return the state that was saved last, with ``"identity"`` in it, or ``None`` if there is none.
@@ -71,6 +73,7 @@ class ResumeCheckpoint(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Save where the run begins, so that its folder is known to hold one that can be gone on with."""
+        self._fit = secrets.token_hex(8)
         if trainer.at_beginning:
             self._save(trainer)
 
@@ -88,7 +91,7 @@ class ResumeCheckpoint(Callback):
         """Save what an interrupt has ended; an error leaves the state before it, unless nothing was done by then."""
         if isinstance(sys.exception(), Interrupted):
             self._save(trainer)
-        elif self._at_beginning and trainer.is_main_process:
+        elif self._at_beginning and trainer.at_beginning and trainer.is_main_process:
             self.store.clear()
 
     def _save_if_due(self, trainer: Trainer) -> None:
@@ -105,7 +108,7 @@ class ResumeCheckpoint(Callback):
             self.store.write(
                 {**state, "network": changing, "identity": self.identity},
                 constant={key: network[key] for key in network if key in constant},
-                version=_frozen_since(trainer),
+                version=f"{self._fit} {_frozen_since(trainer)}",
             )
         self._saved = time.monotonic()
 

@@ -1,0 +1,217 @@
+"""The pieces that a :class:`Finetuner`'s settings make, one function each; :meth:`Finetuner.fit` puts them together."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from transferkit.callbacks import (
+    EMA,
+    BestCheckpoint,
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    LRScheduler,
+    Progress,
+    ResumeCheckpoint,
+    UnfreezeLogger,
+)
+from transferkit.checkpoint import HISTORY
+from transferkit.create import adapt, create_model
+from transferkit.data import from_datasets, image_folder
+from transferkit.devices import is_main_process, processes_per_machine
+from transferkit.exceptions import DataError, SettingError
+from transferkit.identity import run_identity
+from transferkit.loading import in_channels, loader
+from transferkit.model import TransferModel
+from transferkit.optim import build_optimizer, param_groups
+from transferkit.run_folder import RunFolder
+from transferkit.sources import LabelledPictures, PictureData
+from transferkit.transforms import Transform
+
+if TYPE_CHECKING:
+    from transferkit.finetuner import Data, Finetuner
+    from transferkit.trainer import Trainer
+
+__all__ = [
+    "build_model",
+    "class_weights",
+    "identity_of",
+    "make_callbacks",
+    "make_loader",
+    "make_optimizer",
+    "read_pictures",
+    "resume_checkpoint",
+    "run_folder",
+]
+
+# Settings that a resumed run may change: where it runs, what it shows, how often it saves.
+_WITHOUT_EFFECT = {
+    "callbacks",
+    "checkpoint_every",
+    "checkpoint_interval",
+    "device",
+    "num_workers",
+    "output_dir",
+    "overwrite",
+    "progress",
+}
+
+
+def read_pictures(settings: Finetuner, data: Data) -> PictureData:
+    """Return labelled pictures from whatever :meth:`Finetuner.fit` takes."""
+    if isinstance(data, PictureData):
+        return data
+    if isinstance(data, tuple):
+        if len(data) != 2:
+            raise DataError(f"a tuple of data sets must be (train, val), got {len(data)} elements")
+        return from_datasets(*data)
+    if not isinstance(data, str | os.PathLike):
+        raise DataError(f"cannot fit a {type(data).__name__}; give a folder, a PictureData, or (train, val) data sets")
+    return image_folder(data, val_fraction=settings.val_fraction, seed=settings.seed)
+
+
+def build_model(settings: Finetuner, data: PictureData) -> TransferModel:
+    """Return the network with a new head for these classes."""
+    shape: dict[str, Any] = {"dropout": settings.dropout, "hidden_size": settings.hidden_size, "seed": settings.seed}
+    if isinstance(settings.backbone, nn.Module):
+        model = adapt(
+            settings.backbone,
+            class_names=data.class_names,
+            head=settings.head,
+            preprocessing=settings.preprocessing,
+            **shape,
+        )
+    else:
+        model = create_model(
+            settings.backbone,
+            class_names=data.class_names,
+            weights=settings.weights,
+            image_size=settings.image_size,
+            in_chans=settings.in_chans,
+            aux=settings.aux,
+            small_images=settings.small_images,
+            preprocessing=settings.preprocessing,
+            **shape,
+        )
+    model.eval_preset = settings.eval_preset
+    known = settings.weights is not None and settings.small_images != "stem"  # at another scale they do not hold
+    model.keep_statistics = known if settings.keep_statistics is None else settings.keep_statistics
+    return model.eval()
+
+
+def make_loader(
+    settings: Finetuner,
+    source: LabelledPictures,
+    transform: Transform,
+    *,
+    train: bool,
+    channels: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[tuple[Tensor, int]]:
+    """Return the batches of one process."""
+    spare = (os.cpu_count() or 1) // processes_per_machine() - 1
+    workers = max(0, min(8, spare)) if settings.num_workers is None else settings.num_workers
+    return loader(
+        in_channels(source, channels),
+        transform,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        train=train,
+        balanced=train and settings.balanced,
+        num_workers=min(workers, len(source) // settings.batch_size),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def make_optimizer(settings: Finetuner, model: TransferModel) -> torch.optim.Optimizer:
+    """Return the optimizer over all parameters, each group at the rate of its stage."""
+    recipe = settings.recipe
+    groups = param_groups(
+        model,
+        lr=recipe.lr / recipe.head_lr_multiplier,
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        head_lr_multiplier=recipe.head_lr_multiplier,
+    )
+    return build_optimizer(settings.optimizer, groups)
+
+
+def class_weights(settings: Finetuner, data: PictureData) -> Sequence[float] | None:
+    """Return one weight per class, or ``None``; ``"balanced"`` ones are inverse to the classes' shares."""
+    if not isinstance(settings.class_weights, str):
+        return settings.class_weights
+    counts = Counter(data.train.labels())
+    return [len(data.train) / (len(counts) * counts[label]) for label in range(len(data.class_names))]
+
+
+def run_folder(settings: Finetuner, *, resume: bool) -> RunFolder | None:
+    """Return the folder to write into, which has been looked at, or ``None``."""
+    if settings.output_dir is None:
+        if resume:
+            raise SettingError("resume goes on with the run in output_dir, and there is none; set output_dir")
+        return None
+    folder = RunFolder(settings.output_dir, overwrite=settings.overwrite, resume=resume)
+    if is_main_process():  # it looks before it writes, and others might see what it has written
+        folder.check()
+    return folder
+
+
+def identity_of(settings: Finetuner, model: TransferModel, data: PictureData) -> dict[str, Any]:
+    """Say what a run must have in common with one that goes on with it, and in all its processes."""
+    recipe = settings.recipe
+    given = {each.name: getattr(settings, each.name) for each in fields(settings) if each.init}
+    chosen = {each.name: getattr(recipe, each.name) for each in fields(recipe)}
+    facts = {name: value for name, value in {**given, **chosen}.items() if name not in _WITHOUT_EFFECT}
+    return run_identity(model, data, facts)
+
+
+def resume_checkpoint(settings: Finetuner, folder: RunFolder, identity: dict[str, Any]) -> ResumeCheckpoint:
+    """Return what saves the run's state beside its model."""
+    return ResumeCheckpoint(
+        folder.resume_path,
+        every=settings.checkpoint_every,
+        min_interval=settings.checkpoint_interval,
+        identity=identity,
+    )
+
+
+def make_callbacks(
+    settings: Finetuner, folder: RunFolder | None, checkpoint: ResumeCheckpoint | None
+) -> list[Callback]:
+    """Return the callbacks in their order: what looks at an epoch's weights after what makes them."""
+    callbacks: list[Callback] = [_Clear(folder)] if folder is not None and folder.overwrite else []
+    callbacks.append(LRScheduler(settings.recipe.schedule))
+    if settings.ema is not None:
+        callbacks.append(EMA(settings.ema))  # before what looks at the epoch's weights
+    callbacks += [BestCheckpoint(settings.output_dir, monitor=settings.monitor), UnfreezeLogger()]
+    if settings.patience is not None:
+        callbacks.append(EarlyStopping(patience=settings.patience, monitor=settings.monitor))
+    if settings.output_dir is not None:
+        callbacks.append(CSVLogger(Path(settings.output_dir) / HISTORY))
+    if settings.progress:
+        callbacks.append(Progress(monitor=settings.monitor))
+    callbacks += settings.callbacks
+    return callbacks if checkpoint is None else [*callbacks, checkpoint]
+
+
+class _Clear(Callback):
+    """Remove the run that is to be replaced, once nothing but training can fail."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Do it where the run begins."""
+        if trainer.is_main_process and trainer.at_beginning:
+            self.folder.clear()
