@@ -105,10 +105,10 @@ FLOORS = {
     "fixed feature extractor": 0.88,
     "full fine-tuning": 0.80,
     "head, then all at 1e-4": 0.85,
-    "last block, dropout 0.5": 0.85,
-    "first three blocks frozen": 0.80,
-    "gradual unfreezing": 0.85,
-    "linear probe, then all": 0.88,
+    "last block, dropout 0.5": 0.82,
+    "first three blocks frozen": 0.78,
+    "gradual unfreezing": 0.78,
+    "linear probe, then all": 0.86,
 }
 EPOCHS = {"head, then all at 1e-4": 6}
 
