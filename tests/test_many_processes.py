@@ -33,6 +33,8 @@ from transferkit.cli import app
 from transferkit.devices import make_accelerator, processes_per_machine
 from transferkit.distribution import _parts, synchronised_norms
 
+pytestmark = pytest.mark.timeout(1200)  # a start of processes takes seconds, and on a busy machine a minute
+
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "many-processes.md"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -58,7 +60,7 @@ def started(command: list[str], *, folder: Path, **environment: str) -> subproce
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
     try:
-        return process.communicate(timeout=200)
+        return process.communicate(timeout=400)
     finally:
         if process.poll() is None:
             process.terminate()  # the launcher ends what it has started
@@ -340,7 +342,7 @@ def test_one_process_prints_and_writes(finished: Finished) -> None:
     assert len(result["history"]) == 12
     assert {path.name for path in finished.folder.iterdir()} == FILES
     assert {path.name for path in finished.folder.parent.iterdir()} == {"run"}
-    for line in ("policy:", "epoch 1: training head", "epoch 2: training stem", "epoch 7/12"):
+    for line in ("policy:", "epoch 1: training head", ": training stem, stage1", "epoch 7/12"):
         assert finished.errors.count(line) == 1
 
 
