@@ -405,7 +405,7 @@ def test_an_error_in_one_process_ends_all_soon(tmp_path: Path) -> None:
     _, errors = ended(process)
     assert process.returncode != 0
     assert "TransferkitError: this picture is broken" in errors
-    assert time.monotonic() - before < 100
+    assert time.monotonic() - before < 240  # before anyone gives up waiting
 
 
 # Two hosts
@@ -453,7 +453,8 @@ def test_two_hosts_train_the_same_and_the_first_writes(
     agents = []
     for number, host in enumerate(hosts):
         launch = [*host.prefix, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *rendezvous]
-        launch += ["--local-addr", host.address]
+        # In a namespace the first does not know itself by the address that the others know it by.
+        launch += ["--local-addr", host.address, "--rdzv-conf", f"is_host={number == 0}"]
         folder = tmp_path / f"host{number}"
         folder.mkdir()
         agent = [*launch, *command(picture_folder, folder / "run")]

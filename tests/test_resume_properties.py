@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from torch import Tensor, nn
 
 from resuming import Killed, Stop, assert_equal
@@ -202,7 +202,13 @@ def trainer_of(run: dict[str, Any], model: TransferModel, *callbacks: Callback) 
 
 
 @given(run=runs, stops=stops)
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # shrinking would take minutes; the run and the stops are printed as they are
+)
 def test_a_resumed_run_is_the_uninterrupted_one(run: dict[str, Any], stops: list[Stop]) -> None:
     alone = Invariants()
     wanted = trainer_of(run, copy.deepcopy(MODEL), alone)

@@ -468,7 +468,7 @@ def run(script: str, *arguments: object, within: tuple[str, ...] = ()) -> subpro
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
 
 
-@pytest.mark.parametrize("kills", [25, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [25, pytest.param(150, marks=pytest.mark.long)])
 def test_a_killed_process_leaves_the_last_state_or_the_one_being_written(tmp_path, kills):
     done = run(KILLED, tmp_path / "resume", kills)
     assert done.returncode == 0, done.stderr

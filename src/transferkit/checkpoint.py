@@ -80,6 +80,8 @@ def save_artifact(
             config.write_text(text, encoding="utf-8")
             shutil.copymode(config, tensors)  # safetensors lets nobody else read its files
             for partial, target in partials.items():
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())  # a power cut must not leave the name without what it names
                 partial.replace(target)
         finally:
             for partial in partials:

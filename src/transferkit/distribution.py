@@ -40,6 +40,7 @@ __all__ = [
     "reshard",
     "share_buffers",
     "share_object",
+    "spread_like",
     "synchronised_norms",
     "whole",
 ]
@@ -292,7 +293,7 @@ def network_state(network: nn.Module) -> dict[str, Tensor]:
 def load_network_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Fill a network, sharded or not, with whole tensors."""
     present = network.state_dict()
-    network.load_state_dict({key: _spread_like(value, present.get(key)) for key, value in state.items()})
+    network.load_state_dict({key: spread_like(value, present.get(key)) for key, value in state.items()})
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -306,13 +307,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     """Put back what :func:`optimizer_state` gave, into an optimizer over the same parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kept = {
-        index: {name: _spread_like(value, parameters[index]) for name, value in values.items()}
+        index: {name: spread_like(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": kept})
 
 
-def _spread_like(value: Any, other: Tensor | None) -> Any:
-    if isinstance(value, Tensor) and isinstance(other, DTensor) and value.shape == other.shape:
-        return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
-    return value
+def spread_like(value: Any, other: Tensor | None) -> Any:
+    """Spread a whole tensor as another one of its shape is; anything else is returned as it is."""
+    if isinstance(value, DTensor) or not (isinstance(value, Tensor) and isinstance(other, DTensor)):
+        return value
+    if value.shape != other.shape:
+        return value
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transferkit.callbacks._base import Callback
 from transferkit.callbacks.checkpointing import BestCheckpoint
-from transferkit.distribution import share_buffers, whole
+from transferkit.distribution import reshard, share_buffers, spread_like, whole
 from transferkit.exceptions import SettingError
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class EMA(Callback):
         """Begin the averages of stages that train anew, and drop those of stages that no longer train."""
         self._tensors = _training_tensors(trainer)
         self._averages = {
-            key: _placed(self._averages[key], tensor) if key in self._averages else tensor.detach().clone()
+            key: spread_like(self._averages[key], tensor).to(tensor.device)
+            if key in self._averages
+            else tensor.detach().clone()
             for key, tensor in self._tensors.items()
         }
 
@@ -113,7 +115,7 @@ class EMA(Callback):
         share_buffers(trainer.accelerator, trainer.model.network)
 
     def _write(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
-        _reshard(trainer.model.network)
+        reshard(trainer.model.network)
         with torch.no_grad():
             for key, value in values.items():
                 self._tensors[key].copy_(value)
@@ -131,7 +133,7 @@ class EMA(Callback):
 def _training_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Return what has an average, by native name: tensors of stages that train, where an average of them exists."""
     model = trainer.model
-    _reshard(model.network)
+    reshard(model.network)
     stages = [stage for stage in model.stages if stage.name not in model.frozen]
     training = {id(tensor) for stage in stages for tensor in (*stage.parameters, *stage.buffers)}
     # Infinities, of attention masks for example, have no difference to move by.
@@ -141,20 +143,3 @@ def _training_tensors(trainer: Trainer) -> dict[str, Tensor]:
         for key, tensor in chain(model.network.named_parameters(), buffers)
         if id(tensor) in training and tensor.is_floating_point()
     }
-
-
-def _reshard(network: nn.Module) -> None:
-    """Let a sharded network forget the whole parameters that its last pass gathered; what is written are the shards."""
-    for module in network.modules():
-        if callable(reshard := getattr(module, "reshard", None)):
-            reshard()
-
-
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """Return a loaded average where, and sharded as, the tensor is that it is the average of."""
-    placements = getattr(like, "placements", None)
-    if placements is None or hasattr(value, "placements"):
-        return value.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), getattr(like, "device_mesh", None), placements)

@@ -60,7 +60,7 @@ class Progress(Callback):
         """Begin an epoch's bar."""
         if self._bar is not None:
             title = f"epoch {trainer.epoch + 1}/{trainer.epochs}"
-            self._task = self._bar.add_task(title, total=trainer.batches_per_epoch, note="")
+            self._task = self._bar.add_task(title, total=trainer.batches_per_epoch, completed=trainer.batch, note="")
 
     def on_train_batch_end(self, trainer: Trainer) -> None:
         """Move the bar."""
