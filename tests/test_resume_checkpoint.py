@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,3 +132,33 @@ def test_a_fit_that_was_interrupted_goes_on_when_it_is_called_again(tiny_model: 
         trainer.fit(TRAIN, VAL, epochs=2)
     trainer.fit(TRAIN, VAL, epochs=2)
     assert_equal(trainer.model.network.state_dict(), alone.model.network.state_dict())
+
+
+class Noisy:
+    """Batches whose order and augmentation come from the global generators."""
+
+    def __len__(self) -> int:
+        return len(TRAIN)
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in torch.randperm(len(TRAIN)).tolist():
+            images, labels = TRAIN[index]
+            yield images + torch.randn_like(images) * random.random() + np.random.rand(), labels  # noqa: NPY002
+
+
+def test_batches_of_ones_own_that_draw_from_global_generators_are_the_same_within_an_epoch_too(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    wanted = trainer_of(tiny_model())
+    wanted.fit(Noisy(), VAL, epochs=2)
+    with pytest.raises(Interrupted):
+        trainer_of(tiny_model(), Stop("on_train_batch_end", 1, 2), ResumeCheckpoint(tmp_path)).fit(
+            Noisy(), VAL, epochs=2
+        )
+    torch.rand(7)
+    checkpoint = ResumeCheckpoint(tmp_path)
+    resumed = trainer_of(tiny_model(), checkpoint)
+    resumed.load_state_dict(checkpoint.read() or {})
+    resumed.fit(Noisy(), VAL, epochs=2)
+    assert_equal(resumed.model.network.state_dict(), wanted.model.network.state_dict())
+    assert_equal(resumed.history.to_dicts(), wanted.history.to_dicts())

@@ -5,8 +5,8 @@ Any sized iterable of (images, labels) will do; an epoch and a place in it are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from typing import Any
 
 from torch import Tensor
@@ -27,33 +27,46 @@ def start_epoch(batches: Any, epoch: int, *, skip: int = 0) -> None:
         sampler.set_epoch(epoch)
 
 
-def windows(batches: Any, count: int, *, skip: int = 0) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def windows(
+    batches: Any, size: int, *, skip: int = 0, before: Callable[[int], object] = int
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yield the batches of one optimizer step after the other.
 
     Args:
         batches: Of (images, labels), once :func:`start_epoch` was called.
-        count: Batches per step; the last step may have fewer.
+        size: Batches per step; the last step may have fewer.
         skip: Batches to leave out at the epoch's beginning.
+        before: Called with the number of each batch before that is read, also before one that is read to be left out.
 
     Example:
         >>> [len(window) for window in windows(["a batch"] * 5, 2, skip=2)]
         [2, 1]
     """
-    iterator = iter(batches)
-    if not isinstance(getattr(batches, "sampler", None), EpochSampler):  # which does not even read what it skips
-        iterator = islice(iterator, skip, None)
-    while window := list(islice(iterator, count)):
+    first = skip if isinstance(getattr(batches, "sampler", None), EpochSampler) else 0  # it does not read what it skips
+    read = islice(_read(batches, first, before), skip - first, None)
+    while window := list(islice(read, size)):
         yield window
 
 
-def names_of(batches: Any, first: int, count: int) -> str:
-    """Name the pictures of ``count`` batches of the current epoch in one line.
+def _read(batches: Any, first: int, before: Callable[[int], object]) -> Iterator[tuple[Tensor, Tensor]]:
+    iterator = iter(batches)
+    for number in count(first):
+        before(number)
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        yield batch
+
+
+def names_of(batches: Any, first: int, number: int) -> str:
+    """Name the pictures of ``number`` batches of the current epoch in one line.
 
     Example:
         >>> names_of([], 4, 2)
         'those of batches 4 to 5'
     """
     if not hasattr(batches, "names"):
-        return f"those of batches {first} to {first + count - 1}"
-    names = [name for batch in range(first, first + count) for name in batches.names(batch)]
+        return f"those of batches {first} to {first + number - 1}"
+    names = [name for batch in range(first, first + number) for name in batches.names(batch)]
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -324,7 +324,7 @@ class Trainer:
         """Go through the epoch's batches that are left; returns the mean loss per picture of the whole epoch."""
         self._sums = self._sums.to(self.device)
         self._stepper.zero_grad()  # what a user or a broken-off epoch left behind would move the first step
-        for window in windows(batches, self.accumulate, skip=self.batch):
+        for window in windows(batches, self.accumulate, skip=self.batch, before=self._seed_reading):
             weight = self.gradients.weight(self.accelerator, window)
             seeds = [self._batch_seed(self.batch + position) for position in range(len(window))]
             for position in range(len(window)):
@@ -341,6 +341,10 @@ class Trainer:
         self._finite.ask()
         loss, weight = self.accelerator.reduce(self._sums)
         return float(loss / weight)
+
+    def _seed_reading(self, batch: int) -> None:
+        # Batches that are not from loader() may draw from the global generators when they are read.
+        seed_generators(self.seed, 6, self.epoch, batch, self.accelerator.process_index)
 
     def _batch_seed(self, batch: int) -> tuple[int, ...]:
         return self.seed, 2, self.epoch, batch, self.accelerator.process_index
