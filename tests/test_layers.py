@@ -40,6 +40,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model", "create", "transform_steps", "transforms", "pictures"),
     (
         "freezing",
+        "splitting",
+        "cutting",
+        "tracing",
         "optim",
         "schedules",
         "sources",

@@ -33,6 +33,7 @@ _EXPORTS = {
         "OutputError",
         "PictureError",
         "SettingError",
+        "SplitError",
         "TransferkitError",
         "UnknownModelError",
         "UnknownStageError",
@@ -59,6 +60,7 @@ _EXPORTS = {
     "prediction": ["Prediction", "predict"],
     "preprocessing": ["Preprocessing"],
     "schedules": ["Constant", "Cosine", "ExponentialDecay", "OneCycle", "Plateau", "StepDecay"],
+    "splitting": ["Split", "split"],
     "trainer": ["Trainer"],
     "transforms": ["denormalize", "eval_transform", "train_transform"],
 }
@@ -109,6 +111,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         OutputError as OutputError,
         PictureError as PictureError,
         SettingError as SettingError,
+        SplitError as SplitError,
         TransferkitError as TransferkitError,
         UnknownModelError as UnknownModelError,
         UnknownStageError as UnknownStageError,
@@ -142,6 +145,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         Plateau as Plateau,
         StepDecay as StepDecay,
     )
+    from transferkit.splitting import Split as Split, split as split
     from transferkit.trainer import Trainer as Trainer
     from transferkit.transforms import (
         denormalize as denormalize,
