@@ -389,3 +389,10 @@ def test_a_run_on_real_pictures_that_is_killed_again_and_again_ends_as_one_that_
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "EQUAL to the bit" in done.stdout
+
+
+def test_the_precision_in_use_counts_and_not_its_name(picture_folder: Path, tmp_path: Path) -> None:
+    broken_off(picture_folder, tmp_path / "run", Stop("on_train_batch_start", 1, 2))
+    with pytest.raises(ArtifactError, match="saved in fp32; give it precision='fp32'"):
+        tuner_of(tmp_path / "run", precision="bf16").fit(picture_folder, resume="auto")
+    assert len(tuner_of(tmp_path / "run", precision="fp32").fit(picture_folder, resume="auto")) == TINY["epochs"]

@@ -28,6 +28,15 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output and nothing else there.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps …; the best there is by default.")]
+Data = Annotated[Path, typer.Argument(help="Folder with train/ and val/, or with one folder per class.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="torchvision/NAME, timm/NAME, or a bare name; see `transferkit models`.")
+]
+Weights = Annotated[str, typer.Option(help="default, a tag, a path to a state dict, bundled, or none.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures per batch.")]
+ImageSize = Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that read pictures.")]
 Run = Annotated[Path, typer.Argument(help="Output folder of a run, or any saved model.")]
 
 
@@ -85,19 +94,17 @@ Now your own folder of pictures, one folder per class:
 
 @app.command()
 def finetune(
-    data: Annotated[Path, typer.Argument(help="Folder with train/ and val/, or with one folder per class.")],
-    model: Annotated[
-        str, typer.Option(help="torchvision/NAME, timm/NAME, or a bare name; see `transferkit models`.")
-    ] = "torchvision/mobilenet_v2",
-    weights: Annotated[str, typer.Option(help="default, a tag, a path to a state dict, bundled, or none.")] = "default",
+    data: Data,
+    model: ModelName = "torchvision/mobilenet_v2",
+    weights: Weights = "default",
     policy: Annotated[
         str | None,
         typer.Option(help="head, full, gradual, until:STAGE or last:N; by default the head first, then everything."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
+    batch_size: BatchSize = 16,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the head; the recipe's by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
+    image_size: ImageSize = None,
     in_chans: Annotated[int | None, typer.Option(help="Channels: 1 for greys, 3, or 4 with transparency.")] = None,
     small_images: Annotated[
         str, typer.Option(help="upsample: enlarge small pictures; stem: adapt the network's stem to them.")
@@ -114,7 +121,7 @@ def finetune(
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, 0.999 for example.")] = None,
     patience: Annotated[int | None, typer.Option(help="Epochs without a better one after which to stop.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share held out where the data has no val/.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-OF-DATA by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there, if one is.")] = False,
@@ -124,7 +131,7 @@ def finetune(
     checkpoint_interval: Annotated[float, typer.Option(help="Seconds between two resume states at least.")] = 5.0,
     device: Device = None,
     shard: Annotated[bool, typer.Option("--shard", help="Spread the network over the processes (FSDP2).")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a pretrained network on a folder of pictures; saves the best model, curves and predictions."""
@@ -199,19 +206,17 @@ saved in {folder}: model.safetensors, config.json, history.csv, curves.png, pred
 
 @app.command()
 def find_lr(
-    data: Annotated[Path, typer.Argument(help="Folder with train/ and val/, or with one folder per class.")],
-    model: Annotated[
-        str, typer.Option(help="torchvision/NAME, timm/NAME, or a bare name; see `transferkit models`.")
-    ] = "torchvision/mobilenet_v2",
-    weights: Annotated[str, typer.Option(help="default, a tag, a path to a state dict, bundled, or none.")] = "default",
+    data: Data,
+    model: ModelName = "torchvision/mobilenet_v2",
+    weights: Weights = "default",
     policy: Annotated[str, typer.Option(help="head, full, gradual, until:STAGE or last:N.")] = "head",
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
-    image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
+    batch_size: BatchSize = 16,
+    image_size: ImageSize = None,
     steps: Annotated[int, typer.Option(help="Learning rates to try, one batch each.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    seed: Seed = 0,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the losses, .png, .svg or .pdf.")] = None,
     device: Device = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Suggest a learning rate for a policy: each batch is tried with a higher one, on a copy of the network."""
@@ -241,7 +246,7 @@ def find_lr(
 def evaluate(
     run: Run,
     data: Annotated[Path, typer.Argument(help="Folder of class folders, or one with val/ in it.")],
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -265,7 +270,7 @@ def predict(
     run: Run,
     pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch.")] = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -323,7 +328,7 @@ def models(
 @app.command()
 def stages(
     model: Annotated[str, typer.Argument(help="torchvision/NAME, timm/NAME, or a bare name.")],
-    image_size: Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")] = None,
+    image_size: ImageSize = None,
     num_classes: Annotated[int, typer.Option(help="Width of the new head.")] = 1000,
     as_json: Json = False,
 ) -> None:

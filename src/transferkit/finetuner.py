@@ -332,7 +332,8 @@ class Finetuner:
         val = make_loader(self, self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **given)
         steps = -(-len(train) // self.accumulate)
         # before a state is taken back: the optimizer still has each group's own lr
-        plan = plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs, steps_per_epoch=steps)
+        shown = self.progress and trainer.is_main_process
+        plan = shown and plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs, steps_per_epoch=steps)
         check_same_everywhere(trainer.accelerator, identity)
         if checkpoint is not None and resume == "auto":
             state = share_object(trainer.accelerator, folder.state() if folder and trainer.is_main_process else None)
@@ -341,7 +342,7 @@ class Finetuner:
                 if "weights" in state:
                     return self._finished(trainer, state)
                 trainer.load_state_dict(state)
-        if self.progress and trainer.is_main_process:
+        if shown:
             from rich.console import Console
 
             Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(plan)

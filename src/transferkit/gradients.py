@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,12 +23,33 @@ from transferkit.randomness import seed_generators
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["FiniteCheck", "Gradients", "Window"]
+__all__ = ["FiniteCheck", "Gradients", "Step", "Window"]
 
 logger = logging.getLogger("transferkit")
 
 Window = Sequence[tuple[Tensor, Tensor]]
 """The batches (images (B, C, H, W), labels (B,)) of one optimizer step in this process."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the batches of one optimizer step have in common; :meth:`Gradients.begin` makes it.
+
+    Attributes:
+        accelerator: Device, precision and processes.
+        wrapped: The model as it was prepared for them.
+        window: The step's batches in this process.
+        weight: What the means of its pieces are divided by: its pictures, or their class weights, in all processes.
+        seeds: What each batch's random numbers are a function of.
+        statistics: The running statistics before the step, to which one that is begun again returns.
+    """
+
+    accelerator: Accelerator
+    wrapped: nn.Module
+    window: Window
+    weight: Tensor
+    seeds: Sequence[Sequence[int]]
+    statistics: Sequence[Tensor]
 
 
 class Gradients:
@@ -52,32 +74,28 @@ class Gradients:
         """Store the pieces."""
         self.model, self.loss_function, self.mix = model, loss_function, mix
         self.micro_batch: int | None = None
-        self._before: list[Tensor] = []  # running statistics before the step, to which one that is begun again returns
 
-    def weight(self, accelerator: Accelerator, window: Window) -> Tensor:
-        """Return what the means of a step's pieces are divided by: its pictures, or their class weights, everywhere."""
-        weight = sum(self._weight_of(labels, accelerator.device) for _, labels in window)
-        return cast(Tensor, accelerator.reduce(weight))
-
-    def add(
-        self,
-        accelerator: Accelerator,
-        wrapped: nn.Module,
-        window: Window,
-        position: int,
-        *,
-        weight: Tensor,
-        seeds: Sequence[Sequence[int]],
-    ) -> Tensor:
-        """Add the gradients of one batch of a step to those of the batches before it.
+    def begin(
+        self, accelerator: Accelerator, wrapped: nn.Module, window: Window, *, seeds: Sequence[Sequence[int]]
+    ) -> Step:
+        """Begin a step; every process must.
 
         Args:
             accelerator: Device, precision and processes.
             wrapped: The model as it was prepared for them.
             window: The step's batches.
-            position: Which of them.
-            weight: Of the whole step, from :meth:`weight`.
             seeds: What each batch's random numbers are a function of.
+        """
+        weight = sum(self._weight_of(labels, accelerator.device) for _, labels in window)
+        statistics = [each.clone() for each in _statistics(self.model.network)]
+        return Step(accelerator, wrapped, window, accelerator.reduce(weight), seeds, statistics)
+
+    def add(self, step: Step, position: int) -> Tensor:
+        """Add the gradients of one batch of a step to those of the batches before it.
+
+        Args:
+            step: From :meth:`begin`.
+            position: Which of its batches.
 
         Returns:
             The sum of the batch's losses, and of what they weigh, (2,) float.
@@ -85,28 +103,19 @@ class Gradients:
         Raises:
             TransferkitError: Not even one picture fits into memory.
         """
-        if position == 0:
-            self._before = [each.clone() for each in _statistics(self.model.network)]
         try:
-            return self._add(accelerator, wrapped, window, position, weight, seeds)
+            return self._add(step, position)
         except RuntimeError as error:
             # Processes would have to fail together; a single one leaves the others waiting for its gradients.
-            if accelerator.num_processes > 1 or not should_reduce_batch_size(error):
+            if step.accelerator.num_processes > 1 or not should_reduce_batch_size(error):
                 raise
         # Outside of the except block, so that nothing holds on to the memory of the failed attempt.
-        return self._add_smaller(accelerator, wrapped, window, position, weight, seeds)
+        return self._add_smaller(step, position)
 
-    def _add(
-        self,
-        accelerator: Accelerator,
-        wrapped: nn.Module,
-        window: Window,
-        position: int,
-        weight: Tensor,
-        seeds: Sequence[Sequence[int]],
-    ) -> Tensor:
-        seed_generators(*seeds[position])
-        images, labels = (each.to(accelerator.device, non_blocking=True) for each in window[position])
+    def _add(self, step: Step, position: int) -> Tensor:
+        accelerator = step.accelerator
+        seed_generators(*step.seeds[position])
+        images, labels = (each.to(accelerator.device, non_blocking=True) for each in step.window[position])
         targets = labels
         if self.mix is not None:
             images, targets = self.mix(images, labels)
@@ -114,26 +123,18 @@ class Gradients:
         pieces = list(zip(*(torch.split(each, size) for each in (images, targets, labels)), strict=True))
         sums = torch.zeros(2, device=accelerator.device)
         for number, (some_images, some_targets, some_labels) in enumerate(pieces, 1):
-            last = position + 1 == len(window) and number == len(pieces)
-            with _synchronised(accelerator, self.model.network, wrapped, last), accelerator.autocast():
-                loss = self.model.loss(wrapped(some_images), some_targets, self.loss_function)
+            last = position + 1 == len(step.window) and number == len(pieces)
+            with _synchronised(accelerator, self.model.network, step.wrapped, last), accelerator.autocast():
+                loss = self.model.loss(step.wrapped(some_images), some_targets, self.loss_function)
                 part = self._weight_of(some_labels, accelerator.device)
                 # Gradients are averaged over the processes; the loss is a mean over the pictures in all of them.
-                accelerator.backward(loss * (accelerator.num_processes * part / weight))
+                accelerator.backward(loss * (accelerator.num_processes * part / step.weight))
             sums += torch.stack([loss.detach() * part, part])
         return sums
 
-    def _add_smaller(
-        self,
-        accelerator: Accelerator,
-        wrapped: nn.Module,
-        window: Window,
-        position: int,
-        weight: Tensor,
-        seeds: Sequence[Sequence[int]],
-    ) -> Tensor:
+    def _add_smaller(self, step: Step, position: int) -> Tensor:
         """Do the step's batches so far again in smaller pieces."""
-        largest = size = self.micro_batch or max(len(labels) for _, labels in window)
+        largest = size = self.micro_batch or max(len(labels) for _, labels in step.window)
 
         def halved() -> int:
             nonlocal size
@@ -142,12 +143,11 @@ class Gradients:
 
         def attempt(size: int) -> Tensor:
             self.micro_batch = size
-            for buffer, value in zip(_statistics(self.model.network), self._before, strict=True):
+            for buffer, value in zip(_statistics(self.model.network), step.statistics, strict=True):
                 buffer.copy_(value)
             for parameter in self.model.parameters():
                 parameter.grad = None
-            parts = [self._add(accelerator, wrapped, window, each, weight, seeds) for each in range(position + 1)]
-            return parts[-1]
+            return [self._add(step, each) for each in range(position + 1)][-1]
 
         again = find_executable_batch_size(attempt, starting_batch_size=halved(), reduce_batch_size_fn=halved)
         try:
@@ -156,16 +156,16 @@ class Gradients:
             if "No executable batch size" not in str(error):
                 raise
             raise TransferkitError(
-                f"not even one picture fits into the memory of {accelerator.device}; choose a smaller image_size or "
-                "network"
+                f"not even one picture fits into the memory of {step.accelerator.device}; choose a smaller image_size "
+                "or network"
             ) from None
         logger.warning(
             "out of memory: batches of %d pictures are now computed %d at a time, and their gradients added up, so a "
             "step still sees %d pictures%s",
             largest,
             self.micro_batch,
-            sum(len(labels) for _, labels in window),
-            "; batch norms in training see the smaller ones" if self._before else "",
+            sum(len(labels) for _, labels in step.window),
+            "; batch norms in training see the smaller ones" if step.statistics else "",
         )
         return sums
 

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from transferkit.devices import choose_device
 from transferkit.exceptions import DataError, SettingError, TransferkitError
 from transferkit.freezing import FreezePolicy
 from transferkit.model import TransferModel
-from transferkit.plots import _QUIET, _TEXT, _TRAIN, _VALIDATION, _style_panel, save_figure
 from transferkit.randomness import keeps_generators, seed_generators
 
 if TYPE_CHECKING:
@@ -67,25 +66,9 @@ class LRFinding:
             SettingError: The extension is none of the three.
             OutputError: The file cannot be written.
         """
-        from matplotlib.figure import Figure
+        from transferkit.plots import plot_lr_finding, save_figure
 
-        figure = Figure(figsize=(6, 3.8), layout="constrained", facecolor="white")
-        axes = figure.subplots()
-        _style_panel(axes, "Loss", self.lrs)
-        axes.set_xscale("log")
-        axes.set_xlim(self.lrs[0], self.lrs[-1])
-        axes.set_xlabel("learning rate of the head", fontsize=9.5, color=_TEXT)
-        axes.plot(self.lrs, self.losses, color=_TRAIN, linewidth=1, alpha=0.6, label="each batch")
-        axes.plot(self.lrs, self.smoothed, color=_VALIDATION, linewidth=2, label="smoothed")
-        axes.axvline(self.suggestion, color=_QUIET, linestyle=":", linewidth=1.4, zorder=1)
-        height = self.smoothed[self.lrs.index(self.suggestion)]
-        ring: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}
-        axes.plot([self.suggestion], [height], color=_TEXT, label="suggestion", **ring)
-        # the explosion at the end would press all that matters into a line
-        before = max(self.smoothed[: int(np.argmin(self.smoothed)) + 1])
-        axes.set_ylim(0, min(max(self.losses), 2 * before) * 1.05)
-        axes.set_title(f"suggested lr {self.suggestion:.2g}", loc="right", fontsize=10, color=_VALIDATION)
-        axes.legend(frameon=False, fontsize=9.5, labelcolor=_TEXT)
+        figure = plot_lr_finding(self.lrs, self.losses, self.smoothed, suggestion=self.suggestion)
         if path is not None:
             save_figure(figure, path)
         return figure

@@ -53,7 +53,8 @@ __all__ = [
     "run_folder",
 ]
 
-# Settings that a resumed run may change: where it runs, what it shows, how often it saves.
+# Settings that a resumed run may change: where it runs, what it shows, how often it saves. Of precision the one in use
+# counts, which "auto" does not tell; the trainer compares it.
 _WITHOUT_EFFECT = {
     "callbacks",
     "checkpoint_every",
@@ -62,6 +63,7 @@ _WITHOUT_EFFECT = {
     "num_workers",
     "output_dir",
     "overwrite",
+    "precision",
     "progress",
 }
 

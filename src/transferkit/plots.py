@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PredictionView", "plot_history", "plot_predictions", "plot_samples", "save_figure"]
+__all__ = ["PredictionView", "plot_history", "plot_lr_finding", "plot_predictions", "plot_samples", "save_figure"]
 
 # Okabe & Ito 2008: told apart by colour-blind readers too
 _TRAIN, _VALIDATION, _RIGHT, _WRONG = "#E69F00", "#0072B2", "#009E73", "#D55E00"
@@ -199,6 +199,47 @@ def plot_samples(
     if len(images) != len(labels):
         raise SettingError(f"{len(images)} images and {len(labels)} labels; give one label per image")
     return _picture_grid(images, [_shortened(label) for label in labels], [_TEXT] * len(labels), columns=columns)
+
+
+def plot_lr_finding(
+    lrs: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], *, suggestion: float
+) -> Figure:
+    """Draw the losses of a learning rate range test over the learning rate, the suggestion marked.
+
+    Args:
+        lrs: Learning rate of each step, rising.
+        losses: Loss of each step.
+        smoothed: The same, smoothed.
+        suggestion: One of ``lrs``.
+
+    Returns:
+        A figure of one panel, 6 × 3.8 inches.
+
+    Example:
+        >>> figure = plot_lr_finding([0.01, 0.1, 1.0], [2.0, 1.0, 3.0], [1.8, 1.4, 2.2], suggestion=0.1)
+        >>> figure.axes[0].get_title(loc="right")
+        'suggested lr 0.1'
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    _style_panel(axes, "Loss", lrs)
+    axes.set_xscale("log")
+    axes.set_xlim(lrs[0], lrs[-1])
+    axes.set_xlabel("learning rate of the head", fontsize=9.5, color=_TEXT)
+    axes.plot(lrs, losses, color=_TRAIN, linewidth=1, alpha=0.6, label="each batch")
+    axes.plot(lrs, smoothed, color=_VALIDATION, linewidth=2, label="smoothed")
+    axes.axvline(suggestion, color=_QUIET, linestyle=":", linewidth=1.4, zorder=1)
+    height = smoothed[lrs.index(suggestion)]
+    ring: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}
+    axes.plot([suggestion], [height], color=_TEXT, label="suggestion", **ring)
+    # the explosion at the end would press all that matters into a line
+    before = max(smoothed[: int(np.argmin(smoothed)) + 1])
+    axes.set_ylim(0, min(max(losses), 2 * before) * 1.05)
+    axes.set_title(f"suggested lr {suggestion:.2g}", loc="right", fontsize=10, color=_VALIDATION)
+    axes.legend(frameon=False, fontsize=9.5, labelcolor=_TEXT)
+    return figure
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:

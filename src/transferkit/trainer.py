@@ -79,6 +79,7 @@ class Trainer:
         sync_batch_norm: Whether batch norms in training see the batches of all processes as one; on GPUs only.
 
     Attributes:
+        head_group: Position of the optimizer's group that holds the head; its lr is the one that is shown and set.
         epoch: The epoch that runs, or ran last, counted from 0.
         batch: Batches of that epoch that are done.
         step: Number of optimizer steps done.
@@ -133,6 +134,7 @@ class Trainer:
                 "param_groups(model, lr=…), frozen stages included"
             )
         self.model, self.optimizer = model, optimizer
+        self.head_group = _head_group(model, optimizer)
         self.policy = FullFinetune() if policy is None else policy
         self.callbacks = list(callbacks)
         self.seed = seed
@@ -180,13 +182,6 @@ class Trainer:
     def at_beginning(self) -> bool:
         """Whether no batch has been trained on yet."""
         return not self.history.records and self.batch == 0
-
-    @property
-    def head_group(self) -> int:
-        """Position of the optimizer's group that holds the head; its lr is the one that is shown and set."""
-        head = {id(parameter) for parameter in self.model.stages[-1].parameters}
-        groups = self.optimizer.param_groups
-        return next(i for i, group in enumerate(groups) if any(id(each) in head for each in group["params"]))
 
     def wait_for_everyone(self) -> None:
         """Let all processes reach this point."""
@@ -325,13 +320,11 @@ class Trainer:
         self._sums = self._sums.to(self.device)
         self._stepper.zero_grad()  # what a user or a broken-off epoch left behind would move the first step
         for window in windows(batches, self.accumulate, skip=self.batch, before=self._seed_reading):
-            weight = self.gradients.weight(self.accelerator, window)
             seeds = [self._batch_seed(self.batch + position) for position in range(len(window))]
+            step = self.gradients.begin(self.accelerator, wrapped, window, seeds=seeds)
             for position in range(len(window)):
                 self._call("on_train_batch_start")
-                self._sums += self.gradients.add(
-                    self.accelerator, wrapped, window, position, weight=weight, seeds=seeds
-                )
+                self._sums += self.gradients.add(step, position)
                 if position + 1 == len(window):
                     self._optimizer_step(batches, len(window))
                 self.batch += 1
@@ -509,3 +502,9 @@ def check_training(
         raise SettingError(f"clip_grad_norm must be above 0, or None for no limit, got {clip_grad_norm}")
     if precision not in PRECISIONS:
         raise SettingError(f"precision={precision!r}; it can be {', '.join(PRECISIONS)}")
+
+
+def _head_group(model: TransferModel, optimizer: torch.optim.Optimizer) -> int:
+    head = {id(parameter) for parameter in model.stages[-1].parameters}
+    groups = optimizer.param_groups
+    return next(i for i, group in enumerate(groups) if any(id(each) in head for each in group["params"]))
