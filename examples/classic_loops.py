@@ -64,7 +64,7 @@ LOOPS = {
     ),
     "last block, dropout 0.5": partial(
         pasted,
-        policy="last:2",
+        policy="last:1",
         dropout=0.5,
         optimizer="adamw",
         lr=1e-4,

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 import transferkit.callbacks
+from transferkit.activations import ActivationCache
 from transferkit.callbacks import (
     EMA,
     HOOKS,
@@ -25,6 +26,7 @@ from transferkit.callbacks import (
 from transferkit.exceptions import OutputError, SettingError
 from transferkit.freezing import FullFinetune, LinearProbe, ScheduledUnfreeze
 from transferkit.history import EpochRecord, History
+from transferkit.loading import loader
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.schedules import (
     Constant,
@@ -67,7 +69,12 @@ def trainer_of(model, *callbacks, groups=None, **settings):
 
 def fitted(model, *callbacks, epochs=2, **settings):
     trainer = trainer_of(model, *callbacks, **settings)
-    trainer.fit(batches(4, 4), batches(4), epochs=epochs)
+    if trainer.policy == LinearProbe():  # activations are kept of batches from loader() alone
+        pictures = [pair for images, labels in batches(4, 4) for pair in zip(images, labels.tolist(), strict=True)]
+        loaded = [loader(pictures, torch.clone, batch_size=4, train=train) for train in (True, False)]
+        trainer.fit(*loaded, epochs=epochs)
+    else:
+        trainer.fit(batches(4, 4), batches(4), epochs=epochs)
     return trainer
 
 
@@ -97,8 +104,9 @@ def test_every_callback_can_be_told_of_an_error_at_any_time(name, tiny_model, tm
     callback = MAKE[name](tmp_path)
     callback.on_exception(trainer_of(tiny_model()))
     for hook in HOOKS[:-1]:
+        frozen = {"policy": LinearProbe(), "activations": ActivationCache()} if "frozen" in hook else {}
         with pytest.raises(ZeroDivisionError):
-            fitted(tiny_model(), MAKE[name](tmp_path), Break(hook))
+            fitted(tiny_model(), MAKE[name](tmp_path), Break(hook), **frozen)
     fitted(tiny_model(), callback)
     callback.on_exception(trainer_of(tiny_model()))
 

@@ -40,9 +40,9 @@ BODY = {"stem", "stage1", "stage2", "stage3"}
         (FreezeFirst(1), 3, {"stem"}),
         (FreezeFirst(3), 0, {"stem", "stage1", "stage2"}),
         (FreezeFirst(99), 0, BODY),
-        (TrainLast(1), 0, BODY),
-        (TrainLast(2), 7, {"stem", "stage1", "stage2"}),
-        (TrainLast(5), 0, set()),
+        (TrainLast(1), 7, {"stem", "stage1", "stage2"}),
+        (TrainLast(3), 0, {"stem"}),
+        (TrainLast(4), 0, set()),
         (TrainLast(99), 0, set()),
         (FreezeMatching("stage[13]"), 0, {"stage1", "stage3"}),
         (FreezeMatching("stem"), 4, {"stem"}),
@@ -70,8 +70,8 @@ def test_what_a_policy_freezes(policy: FreezePolicy, epoch: int, frozen: set[str
     [
         (LinearProbe(), ()),
         (GradualUnfreezing(every=2), (2, 4, 6, 8)),
-        (ScheduledUnfreeze({0: LinearProbe(), 3: TrainLast(2), 5: FullFinetune()}), (3, 5)),
-        (ScheduledUnfreeze({0: LinearProbe(), 3: TrainLast(1)}), ()),
+        (ScheduledUnfreeze({0: LinearProbe(), 3: TrainLast(1), 5: FullFinetune()}), (3, 5)),
+        (ScheduledUnfreeze({0: LinearProbe(), 3: LinearProbe()}), ()),
         (ScheduledUnfreeze({0: LinearProbe(), 12: FullFinetune()}), ()),
     ],
 )
@@ -88,7 +88,7 @@ def test_phase_lrs_are_those_given() -> None:
 
 
 def test_phase_lrs_hold_those_of_a_schedule_within_a_phase_until_the_next_phase() -> None:
-    inner = ScheduledUnfreeze({0: TrainLast(2), 2: TrainLast(3), 4: FullFinetune()}, lr={0: 0.1, 2: 0.2, 4: 0.4})
+    inner = ScheduledUnfreeze({0: TrainLast(1), 2: TrainLast(2), 4: FullFinetune()}, lr={0: 0.1, 2: 0.2, 4: 0.4})
     assert ScheduledUnfreeze({0: LinearProbe(), 3: inner}).phase_lrs() == {3: 0.1, 5: 0.2, 7: 0.4}
     assert ScheduledUnfreeze({0: LinearProbe(), 3: inner, 7: LinearProbe()}).phase_lrs() == {3: 0.1, 5: 0.2}
     own = ScheduledUnfreeze({0: LinearProbe(), 3: inner, 6: FullFinetune()}, lr={3: 9.0, 6: 6.0})
@@ -168,7 +168,7 @@ def test_a_stage_that_does_not_exist_is_an_error_that_names_those_that_do(policy
     ("build", "message"),
     [
         (lambda: FreezeFirst(-1), "FreezeFirst needs a count of 0 or more, got -1"),
-        (lambda: TrainLast(0), "TrainLast needs a count of 1 or more"),
+        (lambda: TrainLast(0), "TrainLast needs 1 stage or more"),
         (lambda: GradualUnfreezing(every=0), "every=1 or more epochs, got 0"),
         (lambda: FreezeMatching("stage["), "'stage\\[' is no regular expression"),
         (lambda: ScheduledUnfreeze({}), "phases must begin at epoch 0, got \\[\\]"),
@@ -191,7 +191,7 @@ def test_wrong_settings_are_refused_at_once(build: object, message: str) -> None
         ("full", FullFinetune()),
         ("gradual", GradualUnfreezing()),
         ("until:stage3", FreezeUntil("stage3")),
-        ("last:2", TrainLast(2)),
+        ("last:1", TrainLast(1)),
     ],
 )
 def test_policies_as_the_terminal_writes_them(text: str, policy: FreezePolicy) -> None:

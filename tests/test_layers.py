@@ -54,6 +54,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "evaluation",
         "distribution",
         "identity",
+        "activation_store",
+        "activations",
+        "inference",
+        "allocator",
     ),
     (
         "trainer",

@@ -135,7 +135,7 @@ def test_frozen_stages_stay_frozen_through_train_calls_and_from_an_eval_mode_mod
     model, recorder = tiny_model().eval(), Recorder()
     before = tensors(model)
     with pytest.warns(UserWarning, match="in eval mode at the start of training"):
-        fit(Training(model, lr=1e-2), TrainLast(2), recorder)
+        fit(Training(model, lr=1e-2), TrainLast(1), recorder)
     changed = moved(before, tensors(model))
     assert {name.split("/")[0] for name, has_moved in changed.items() if has_moved} == set(model.stage_names[-2:])
     assert all(has_moved for name, has_moved in changed.items() if name.startswith(model.stage_names[-2]))
@@ -298,7 +298,7 @@ torch.manual_seed(0)
 model = create_model("timm/test_efficientnet", weights=None, num_classes=2, image_size=32)
 data = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 2)
 torch.save(model.state_dict(), Path(sys.argv[2]) / "before.pt")
-policy = TrainLast(2) if sys.argv[1] == "constant" else ScheduledUnfreeze({0: LinearProbe(), 1: FullFinetune()})
+policy = TrainLast(1) if sys.argv[1] == "constant" else ScheduledUnfreeze({0: LinearProbe(), 1: FullFinetune()})
 options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer = pl.Trainer(max_epochs=2, accelerator="cpu", strategy="ddp", devices=2,
                      callbacks=[PolicyCallback(policy), Keep()], **options)

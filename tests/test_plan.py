@@ -51,13 +51,13 @@ SCHEDULES: list[Schedule] = [
     OneCycle(),
     Plateau(patience=99),
 ]
-INNER = ScheduledUnfreeze({0: TrainLast(2), 2: FullFinetune()}, lr={2: 0.002})
+INNER = ScheduledUnfreeze({0: TrainLast(1), 2: FullFinetune()}, lr={2: 0.002})
 POLICIES: dict[str, FreezePolicy] = {
     "full": FullFinetune(),
     "head": LinearProbe(),
     "gradual": GradualUnfreezing(),
     "two rates": ScheduledUnfreeze({0: LinearProbe(), 2: FullFinetune(), 5: LinearProbe()}, lr={0: 0.02, 2: 0.004}),
-    "nested": ScheduledUnfreeze({0: LinearProbe(), 2: INNER, 6: TrainLast(2)}, lr={2: 0.004}),
+    "nested": ScheduledUnfreeze({0: LinearProbe(), 2: INNER, 6: TrainLast(1)}, lr={2: 0.004}),
 }
 DATA = from_datasets([("p", 0), ("p", 1)], [("p", 0)], class_names=["ant", "bee"])
 
@@ -230,6 +230,6 @@ def test_a_resumed_run_prints_the_plan_of_the_whole_run(
 
 
 def test_the_span_of_a_schedule_is_that_between_phases_with_rates_of_their_own() -> None:
-    policy = ScheduledUnfreeze({0: LinearProbe(), 2: TrainLast(2), 4: FullFinetune()}, lr={4: 0.1})
+    policy = ScheduledUnfreeze({0: LinearProbe(), 2: TrainLast(1), 4: FullFinetune()}, lr={4: 0.1})
     assert [span_of(policy, epoch, epochs=6) for epoch in range(6)] == [(0, 4)] * 4 + [(4, 6)] * 2
     assert span_of(policy, 2, epochs=3) == (0, 3)

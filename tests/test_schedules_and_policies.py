@@ -58,14 +58,14 @@ SCHEDULES: dict[str, Schedule] = {
     "one cycle": OneCycle(),
     "plateau": Plateau(patience=0, factor=0.5, threshold=0.9),
 }
-NESTED = ScheduledUnfreeze({0: TrainLast(2), 2: FullFinetune()}, lr={2: 0.002})
+NESTED = ScheduledUnfreeze({0: TrainLast(1), 2: FullFinetune()}, lr={2: 0.002})
 # Each policy with the spans over which the schedule runs, and the head's own lr in each.
 POLICIES: dict[str, tuple[FreezePolicy, list[tuple[int, int, float]]]] = {
     "full": (FullFinetune(), [(0, 6, LR)]),
     "head": (LinearProbe(), [(0, 6, LR)]),
     "until": (FreezeUntil("stage2"), [(0, 6, LR)]),
     "first": (FreezeFirst(1), [(0, 6, LR)]),
-    "last": (TrainLast(2), [(0, 6, LR)]),
+    "last": (TrainLast(1), [(0, 6, LR)]),
     "matching": (FreezeMatching("stage1"), [(0, 6, LR)]),
     "gradual": (GradualUnfreezing(), [(0, 6, LR)]),
     "two phases": (ScheduledUnfreeze({0: LinearProbe(), 2: FullFinetune()}), [(0, 6, LR)]),
@@ -74,7 +74,7 @@ POLICIES: dict[str, tuple[FreezePolicy, list[tuple[int, int, float]]]] = {
         [(0, 2, LR), (2, 6, 0.004)],
     ),
     "three rates": (
-        ScheduledUnfreeze({0: LinearProbe(), 2: NESTED, 5: TrainLast(2)}, lr={0: 0.02, 2: 0.004, 5: 0.001}),
+        ScheduledUnfreeze({0: LinearProbe(), 2: NESTED, 5: TrainLast(1)}, lr={0: 0.02, 2: 0.004, 5: 0.001}),
         [(0, 2, 0.02), (2, 4, 0.004), (4, 5, 0.002), (5, 6, 0.001)],
     ),
 }

@@ -52,6 +52,7 @@ def by_finetuner(folder):
         seed=SEED,
         device="cpu",
         num_workers=0,
+        views=0,  # kept views of the pictures would be others
         progress=False,
     )
     return tuner.fit(folder), tuner.model

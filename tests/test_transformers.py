@@ -254,7 +254,7 @@ def train(policy, late=False):
     trainer.train()
 
 for name, settings in {"changing": (ScheduledUnfreeze({0: LinearProbe(), 1: FullFinetune()}),),
-                       "late": (LinearProbe(), True), "constant": (TrainLast(2),)}.items():
+                       "late": (LinearProbe(), True), "constant": (TrainLast(1),)}.items():
     try:
         train(*settings)
     except SettingError as error:

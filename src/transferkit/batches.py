@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transferkit.loading import EpochSampler
 
-__all__ = ["names_of", "start_epoch", "windows"]
+__all__ = ["Inputs", "cut_up", "moved", "names_of", "start_epoch", "windows"]
+
+Inputs = Tensor | tuple[Tensor, ...]
+"""What a module is given for some pictures: (B, C, H, W) images, or kept activations, each (B, …)."""
 
 _NAMED = 32
 
@@ -27,9 +31,28 @@ def start_epoch(batches: Any, epoch: int, *, skip: int = 0) -> None:
         sampler.set_epoch(epoch)
 
 
+def moved(inputs: Inputs, device: torch.device) -> Inputs:
+    """Return inputs on a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    return tuple(each.to(device, non_blocking=True) for each in inputs)
+
+
+def cut_up(inputs: Inputs, size: int) -> list[Inputs]:
+    """Cut inputs into pieces of so many pictures; the last may have fewer.
+
+    Example:
+        >>> [len(piece) for piece in cut_up(torch.zeros(5, 3, 8, 8), 2)]
+        [2, 2, 1]
+    """
+    if isinstance(inputs, Tensor):
+        return list(torch.split(inputs, size))
+    return list(zip(*(torch.split(each, size) for each in inputs), strict=True))
+
+
 def windows(
     batches: Any, size: int, *, skip: int = 0, before: Callable[[int], object] = int
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
+) -> Iterator[list[tuple[Inputs, Tensor]]]:
     """Yield the batches of one optimizer step after the other.
 
     Args:
@@ -48,7 +71,7 @@ def windows(
         yield window
 
 
-def _read(batches: Any, first: int, before: Callable[[int], object]) -> Iterator[tuple[Tensor, Tensor]]:
+def _read(batches: Any, first: int, before: Callable[[int], object]) -> Iterator[tuple[Inputs, Tensor]]:
     iterator = iter(batches)
     for number in count(first):
         before(number)

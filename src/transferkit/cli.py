@@ -130,6 +130,13 @@ def finetune(
     ] = None,
     checkpoint_interval: Annotated[float, typer.Option(help="Seconds between two resume states at least.")] = 5.0,
     device: Device = None,
+    views: Annotated[
+        int | None, typer.Option(help="Kept views of each augmented picture while stages are frozen; 0 for none, or 4.")
+    ] = None,
+    cache_budget: Annotated[
+        str | None, typer.Option(help="Memory for what frozen stages gave, such as 2GB; the rest goes into files.")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep what frozen stages gave here for later runs.")] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Spread the network over the processes (FSDP2).")] = False,
     workers: Workers = None,
     as_json: Json = False,
@@ -169,6 +176,9 @@ def finetune(
         checkpoint_every=checkpoint_every,
         checkpoint_interval=checkpoint_interval,
         device=device,
+        views=views,
+        cache_budget=cache_budget,
+        cache_dir=cache_dir,
         shard=shard,
         num_workers=workers,
         progress=is_main_process(),

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from transferkit.batches import Inputs, moved
+
 __all__ = ["collect_logits", "keeps_mode"]
 
 
@@ -30,13 +32,13 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def collect_logits(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+    model: nn.Module, batches: Iterable[tuple[Inputs, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Run a model over labelled batches in eval mode; its training mode is left as it was.
 
     Args:
         model: A classifier that is on ``device``.
-        batches: An iterable of (images (B, C, H, W) float, labels (B,) int).
+        batches: An iterable of (images (B, C, H, W) float, or whatever the model takes, labels (B,) int).
         device: Where to compute.
 
     Returns:
@@ -45,7 +47,7 @@ def collect_logits(
     logits, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
     with keeps_mode(model), torch.no_grad():
         model.eval()
-        for images, targets in batches:
-            logits.append(model(images.to(device, non_blocking=True)).float().cpu())
+        for inputs, targets in batches:
+            logits.append(model(moved(inputs, device)).float().cpu())
             labels.append(targets)
     return torch.cat(logits[1:] or logits), torch.cat(labels)

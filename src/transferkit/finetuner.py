@@ -38,6 +38,7 @@ from transferkit.pieces import (
     build_model,
     class_weights,
     identity_of,
+    make_activations,
     make_callbacks,
     make_loader,
     make_optimizer,
@@ -119,6 +120,12 @@ class Finetuner:
         overwrite: Whether a run that is already in ``output_dir`` may be replaced.
         checkpoint_every: Optimizer steps between two resume states within an epoch; ``None`` for one per epoch.
         checkpoint_interval: Seconds that lie between two resume states at least, 0 or more.
+        views: Views of each augmented training picture whose activations are kept while leading stages are frozen, 0 or
+            more (:class:`ActivationCache`); 0 keeps none, so that frozen stages run in every epoch; ``None`` for 4.
+        cache_budget: Memory for these activations, in bytes or as ``"256MiB"``; beyond it they are kept in files.
+            ``None`` for a quarter of what is free.
+        cache_dir: Folder where they stay for later runs; ``None`` for none.
+        cache_dtype: ``"auto"`` keeps them as computed; ``"fp16"`` or ``"bf16"`` halves them, with a small loss.
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         shard: Whether the network is spread over the processes instead of repeated in each (FSDP2).
@@ -179,6 +186,10 @@ class Finetuner:
     overwrite: bool = False
     checkpoint_every: int | None = None
     checkpoint_interval: float = 5.0
+    views: int | None = None
+    cache_budget: int | str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_dtype: str = "auto"
     device: str | None = None
     precision: str = "auto"
     shard: bool = False
@@ -210,6 +221,7 @@ class Finetuner:
             EarlyStopping(patience=self.patience)
         if self.ema is not None:
             EMA(self.ema)
+        make_activations(self)
         Head(1, dropout=self.dropout, hidden_size=self.hidden_size)
         probe = Preprocessing() if self.image_size is None else Preprocessing().resized(self.image_size)
         if self.train_preset is not None:
@@ -258,6 +270,7 @@ class Finetuner:
             lr=self.lr,
             pretrained=self.weights is not None,
             rescaled=self.small_images == "stem",
+            views=self.views,
         )
         schedule = schedule_by_name(self.schedule) if isinstance(self.schedule, str) else self.schedule
         return recipe.replaced(
@@ -318,6 +331,7 @@ class Finetuner:
             precision=self.precision,
             shard=self.shard,
             sync_batch_norm=self.sync_batch_norm,
+            activations=make_activations(self),
         )
         self.history = trainer.history
         given: dict[str, Any] = {
@@ -330,10 +344,17 @@ class Finetuner:
             self, self.data.train, train_transform(recipe.train_preset, preprocessing), train=True, **given
         )
         val = make_loader(self, self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **given)
-        steps = -(-len(train) // self.accumulate)
         # before a state is taken back: the optimizer still has each group's own lr
         shown = self.progress and trainer.is_main_process
-        plan = shown and plan_text(self.model, self.data, recipe, optimizer, epochs=self.epochs, steps_per_epoch=steps)
+        plan = shown and plan_text(
+            self.model,
+            self.data,
+            recipe,
+            optimizer,
+            epochs=self.epochs,
+            steps_per_epoch=-(-len(train) // self.accumulate),
+            activations=trainer.plan_activations(train, val, epochs=self.epochs),
+        )
         check_same_everywhere(trainer.accelerator, identity)
         if checkpoint is not None and resume == "auto":
             state = share_object(trainer.accelerator, folder.state() if folder and trainer.is_main_process else None)

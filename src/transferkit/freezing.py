@@ -140,16 +140,16 @@ class FreezeFirst(FreezePolicy):
 
 @dataclass(frozen=True)
 class TrainLast(FreezePolicy):
-    """Train the last ``count`` stages, the head being the last of all.
+    """Train the head and the last ``count`` stages before it.
 
     Args:
-        count: Number of stages, 1 or more; ``TrainLast(1)`` is linear probing.
+        count: Number of stages, 1 or more.
 
     Raises:
         SettingError: ``count`` is below 1.
 
     Example:
-        >>> TrainLast(2).frozen_stages(["stem", "stage1", "head"], 0)
+        >>> TrainLast(1).frozen_stages(["stem", "stage1", "head"], 0)
         frozenset({'stem'})
     """
 
@@ -158,11 +158,13 @@ class TrainLast(FreezePolicy):
     def __post_init__(self) -> None:
         """Validate the count."""
         if self.count < 1:
-            raise SettingError(f"TrainLast needs a count of 1 or more (the head is 1), got {self.count}")
+            raise SettingError(
+                f"TrainLast needs 1 stage or more before the head, got {self.count}; LinearProbe trains none"
+            )
 
     def frozen_stages(self, stage_names: Sequence[str], epoch: int) -> frozenset[str]:
         """Return all stages before the last ones."""
-        return frozenset(stage_names[: max(0, len(stage_names) - self.count)])
+        return frozenset(stage_names[: max(0, len(stage_names) - 1 - self.count)])
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,8 @@ def policy_from_text(text: str) -> FreezePolicy:
         SettingError: The text is none of these.
 
     Example:
-        >>> policy_from_text("until:stage3"), policy_from_text("last:2")
-        (FreezeUntil(stage='stage3'), TrainLast(count=2))
+        >>> policy_from_text("until:stage3"), policy_from_text("last:1")
+        (FreezeUntil(stage='stage3'), TrainLast(count=1))
     """
     name, _, value = text.partition(":")
     plain: dict[str, FreezePolicy] = {"head": LinearProbe(), "full": FullFinetune(), "gradual": GradualUnfreezing()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from transferkit.batches import Inputs, cut_up, moved
 from transferkit.distribution import whole
 from transferkit.exceptions import TransferkitError
 from transferkit.model import TransferModel
@@ -27,8 +28,8 @@ __all__ = ["FiniteCheck", "Gradients", "Step", "Window"]
 
 logger = logging.getLogger("transferkit")
 
-Window = Sequence[tuple[Tensor, Tensor]]
-"""The batches (images (B, C, H, W), labels (B,)) of one optimizer step in this process."""
+Window = Sequence[tuple[Inputs, Tensor]]
+"""The batches (images (B, C, H, W) or kept activations, labels (B,)) of one optimizer step in this process."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,18 @@ class Gradients:
     def _add(self, step: Step, position: int) -> Tensor:
         accelerator = step.accelerator
         seed_generators(*step.seeds[position])
-        images, labels = (each.to(accelerator.device, non_blocking=True) for each in step.window[position])
+        inputs, labels = step.window[position]
+        inputs, labels = moved(inputs, accelerator.device), labels.to(accelerator.device, non_blocking=True)
         targets = labels
         if self.mix is not None:
-            images, targets = self.mix(images, labels)
+            inputs, targets = self.mix(inputs, labels)
         size = self.micro_batch or len(labels)
-        pieces = list(zip(*(torch.split(each, size) for each in (images, targets, labels)), strict=True))
+        pieces = list(zip(cut_up(inputs, size), torch.split(targets, size), torch.split(labels, size), strict=True))
         sums = torch.zeros(2, device=accelerator.device)
-        for number, (some_images, some_targets, some_labels) in enumerate(pieces, 1):
+        for number, (some_inputs, some_targets, some_labels) in enumerate(pieces, 1):
             last = position + 1 == len(step.window) and number == len(pieces)
             with _synchronised(accelerator, self.model.network, step.wrapped, last), accelerator.autocast():
-                loss = self.model.loss(step.wrapped(some_images), some_targets, self.loss_function)
+                loss = self.model.loss(step.wrapped(some_inputs), some_targets, self.loss_function)
                 part = self._weight_of(some_labels, accelerator.device)
                 # Gradients are averaged over the processes; the loss is a mean over the pictures in all of them.
                 accelerator.backward(loss * (accelerator.num_processes * part / step.weight))

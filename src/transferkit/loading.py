@@ -19,7 +19,7 @@ from transferkit.randomness import derive_seed, seeded
 from transferkit.sources import LabelledPictures, raw_labels
 from transferkit.transforms import Transform
 
-__all__ = ["EpochSampler", "SampleKey", "TransformedDataset", "in_channels", "loader"]
+__all__ = ["Batches", "EpochSampler", "SampleKey", "TransformedDataset", "in_channels", "loader"]
 
 SampleKey = tuple[int, int, int]
 """(epoch, index, view): what an :class:`EpochSampler` asks of a :class:`TransformedDataset`.
@@ -234,7 +234,7 @@ def loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> _Batches:
+) -> Batches:
     """Build a torch ``DataLoader`` over a source; ``loader.sampler.set_epoch(epoch)`` chooses the epoch.
 
     Args:
@@ -285,18 +285,41 @@ def loader(
         raise SettingError("balanced=True is for training; evaluate on every picture once, with balanced=False")
     labels = _labels_of(source) if balanced else None
     sampler = EpochSampler(len(source), seed=seed, shuffle=train, labels=labels, rank=rank, world_size=world_size)
-    return _Batches(
-        TransformedDataset(source, transform, seed=seed, augmented=train),
+    return _batches(
+        TransformedDataset(source, transform, seed=seed, augmented=train and _is_random(source, transform)),
+        sampler,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        drop_last=train and len(sampler) > 1 and len(sampler) % batch_size == 1,
+    )
+
+
+def _batches(
+    dataset: TransformedDataset,
+    sampler: EpochSampler,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
+    drop_last: bool = False,
+) -> Batches:
+    return Batches(
+        dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        drop_last=train and len(sampler) > 1 and len(sampler) % batch_size == 1,
+        drop_last=drop_last,
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_interrupts,
         # Without its own generator every epoch would move the global one.
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(dataset.seed),
     )
+
+
+def _is_random(source: LabelledPictures, transform: Transform) -> bool:
+    return bool(getattr(source, "random", True) or getattr(transform, "random", True))
 
 
 def _labels_of(source: LabelledPictures) -> list[int]:
@@ -310,20 +333,57 @@ def _leave_interrupts(worker: int) -> None:
         os.setpgrp()
 
 
-class _Batches(DataLoader[tuple[Tensor, int]]):
-    """A ``DataLoader`` whose worker processes report a bad picture as plainly as this process would."""
+class Batches(DataLoader[tuple[Tensor, int]]):
+    """What :func:`loader` builds: a ``DataLoader`` that names its pictures.
+
+    Worker processes report a bad picture as plainly as this process would.
+    """
+
+    @property
+    def pictures(self) -> TransformedDataset:
+        """What the batches are made of."""
+        return cast(TransformedDataset, self.dataset)
+
+    @property
+    def order(self) -> EpochSampler:
+        """The sampler."""
+        return cast(EpochSampler, self.sampler)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether a picture is another one in every epoch."""
+        return self.pictures.augmented
+
+    def batch_keys(self) -> Iterator[list[SampleKey]]:
+        """Go through the batches of the current epoch, without those that are skipped, as their pictures' keys."""
+        return iter(cast(Any, self.batch_sampler))
+
+    def ordered(self, *, epoch: int | None = None, transform: Transform | None = None) -> Batches:
+        """Return all pictures of this process in their source's order, none left out, in batches of the same size.
+
+        Args:
+            epoch: The one whose augmentation is meant; ``None`` for none, where ``transform`` draws no random numbers.
+            transform: ``None`` for the same.
+        """
+        ours, order = self.pictures, self.order
+        pictures = TransformedDataset(
+            ours.source, transform or ours.transform, seed=ours.seed, augmented=epoch is not None
+        )
+        sampler = EpochSampler(len(ours), seed=ours.seed, shuffle=False, rank=order.rank, world_size=order.world_size)
+        sampler.set_epoch(epoch or 0)
+        return _batches(pictures, sampler, batch_size=cast(int, self.batch_size), num_workers=self.num_workers)
 
     def names(self, batch: int) -> list[str]:
         """Say which pictures are in a batch of the current epoch, counted from 0; none is read.
 
         A source that has no ``name`` for them gives their indices.
         """
-        source = cast(TransformedDataset, self.dataset).source
-        size = cast(int, self.batch_size)
-        keys = cast(EpochSampler, self.sampler).keys(batch * size, (batch + 1) * size)
+        source, size = self.pictures.source, cast(int, self.batch_size)
+        keys = self.order.keys(batch * size, (batch + 1) * size)
         return [source.name(index) if hasattr(source, "name") else str(index) for _, index, _ in keys]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its private iterator
+        """Go through the batches of the current epoch."""
         try:
             yield from super().__iter__()
         except TransferkitError as error:

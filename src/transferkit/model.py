@@ -59,6 +59,14 @@ class TrainingOutput(NamedTuple):
     auxiliary: tuple[Tensor, ...]
 
 
+def as_output(native: Any) -> Tensor | TrainingOutput:
+    """Return what :meth:`TransferModel.forward` gives for what the native network gave."""
+    if isinstance(native, Tensor):
+        return native
+    logits, *auxiliary = native
+    return TrainingOutput(logits, tuple(each for each in auxiliary if each is not None))
+
+
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
@@ -191,11 +199,7 @@ class TransferModel(nn.Module):
         Returns:
             (B, num_classes) float; while training with ``aux="train"``, a :class:`TrainingOutput`.
         """
-        output: Any = self.network(images)
-        if isinstance(output, Tensor):
-            return output
-        logits, *auxiliary = output
-        return TrainingOutput(logits, tuple(each for each in auxiliary if each is not None))
+        return as_output(self.network(images))
 
     def loss(
         self,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from transferkit.activations import ActivationCache
 from transferkit.callbacks import (
     EMA,
     BestCheckpoint,
@@ -45,6 +46,7 @@ __all__ = [
     "build_model",
     "class_weights",
     "identity_of",
+    "make_activations",
     "make_callbacks",
     "make_loader",
     "make_optimizer",
@@ -53,9 +55,11 @@ __all__ = [
     "run_folder",
 ]
 
-# Settings that a resumed run may change: where it runs, what it shows, how often it saves. Of precision the one in use
-# counts, which "auto" does not tell; the trainer compares it.
+# Settings that a resumed run may change: where it runs, what it shows, how often it saves, where it keeps activations.
+# Of precision the one in use counts, which "auto" does not tell; the trainer compares it.
 _WITHOUT_EFFECT = {
+    "cache_budget",
+    "cache_dir",
     "callbacks",
     "checkpoint_every",
     "checkpoint_interval",
@@ -133,6 +137,13 @@ def make_loader(
         num_workers=min(workers, len(source) // settings.batch_size),
         rank=rank,
         world_size=world_size,
+    )
+
+
+def make_activations(settings: Finetuner) -> ActivationCache:
+    """Return what keeps activations."""
+    return ActivationCache(
+        views=settings.views, budget=settings.cache_budget, directory=settings.cache_dir, dtype=settings.cache_dtype
     )
 
 

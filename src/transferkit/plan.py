@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from PIL import Image
 
+from transferkit.activations import Choice
 from transferkit.callbacks.lr_scheduler import factor_at, span_of
 from transferkit.freezing import FreezePolicy
 from transferkit.loading import in_channels
@@ -32,6 +33,7 @@ def plan_text(
     *,
     epochs: int,
     steps_per_epoch: int,
+    activations: Sequence[tuple[int, Choice]] = (),
 ) -> str:
     """Describe a run: network, pictures, policy, and per stage when it trains, at which rates.
 
@@ -42,9 +44,10 @@ def plan_text(
         optimizer: Where each stage's own lr and weight decay are read from.
         epochs: Length of the run.
         steps_per_epoch: Optimizer steps of one epoch.
+        activations: What is kept of frozen stages, with the epoch from which on it is, counted from 0.
 
     Returns:
-        Lines of text. All but the descriptions of policy and schedule fit into 80 characters.
+        Lines of text. All but the descriptions of policy, schedule and activations fit into 80 characters.
 
     Example:
         >>> from PIL import Image
@@ -68,6 +71,7 @@ def plan_text(
         f"epochs: {epochs}, each of {steps_per_epoch} steps",
         f"policy: {policy}",
         f"schedule: {recipe.schedule}",
+        *(f"activations{f' from epoch {start + 1}' if start else ''}: {choice}" for start, choice in activations),
         "",
         model.summary(),
         "",

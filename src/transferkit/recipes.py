@@ -56,6 +56,7 @@ def default_recipe(
     lr: float | None = None,
     pretrained: bool = True,
     rescaled: bool = False,
+    views: int | None = None,
 ) -> Recipe:
     """Return the recipe for a freeze policy; for ``None``, the head first, then everything.
 
@@ -66,6 +67,8 @@ def default_recipe(
         pretrained: Whether the network has pretrained weights; random ones must learn as fast as the head.
         rescaled: Whether the stem was adapted to small pictures. Pretrained layers then see another scale: everything
             learns from the start, the backbone ten times faster than else.
+        views: How many of each picture are kept (:class:`ActivationCache`). Asking for several asks for augmentation,
+            which a head alone does without else.
 
     Source: Kumar et al. 2022 ("Fine-tuning can distort pretrained features and underperform out-of-distribution") for
         the order, Howard & Ruder 2018 for the layer-wise rates.
@@ -87,5 +90,5 @@ def default_recipe(
         policy,
         lr=lr,
         head_lr_multiplier=multiplier if pretrained else 1.0,
-        train_preset="none" if isinstance(policy, LinearProbe) else "light",
+        train_preset="none" if isinstance(policy, LinearProbe) and (views or 0) < 2 else "light",
     )

@@ -12,8 +12,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
-from torchvision.datasets import DatasetFolder, ImageFolder
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import DatasetFolder, ImageFolder, VisionDataset
 from torchvision.datasets.folder import default_loader
 
 from transferkit.exceptions import DataError
@@ -31,7 +31,10 @@ __all__ = [
 
 
 class LabelledPictures(Protocol):
-    """A source of labelled pictures, before any transform; worker processes get a pickled copy."""
+    """A source of labelled pictures, before any transform; worker processes get a pickled copy.
+
+    Where it says ``random = False``, reading a picture twice gives the same.
+    """
 
     def __len__(self) -> int:
         """Count the pictures."""
@@ -105,6 +108,11 @@ class PictureFiles:
         """Return the path of picture ``index``."""
         return self.pictures[index].path
 
+    @property
+    def random(self) -> bool:
+        """Reading a file draws no random numbers."""
+        return False
+
     def with_channels(self, channels: int) -> Self:
         """Return the same files for a network that takes 1, 3 or 4 channels; another number raises ``DataError``."""
         return self if channels == self.channels else replace(self, channels=channels)
@@ -150,6 +158,17 @@ class DatasetPictures:
     def name(self, index: int) -> str:
         """Return the path of picture ``index`` where the data set knows it, else its number."""
         return _name(self.dataset, index)
+
+    @property
+    def random(self) -> bool:
+        """Whether the data set may draw random numbers: one of torchvision without transforms, or a list, does not."""
+        dataset = self.dataset
+        while type(dataset) is Subset:
+            dataset = dataset.dataset
+        if type(dataset) in (list, tuple, TensorDataset):
+            return False
+        known = isinstance(dataset, VisionDataset) and type(dataset).__module__.startswith("torchvision.")
+        return not known or any(getattr(dataset, name, None) is not None for name in ("transform", "transforms"))
 
     def with_channels(self, channels: int) -> Self:
         """Return the same data set for a network that takes so many channels."""

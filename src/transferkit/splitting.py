@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,25 @@ from transferkit.model import TransferModel
 from transferkit.randomness import keeps_generators, seed_generators
 from transferkit.tracing import Host, cannot, in_words
 
-__all__ = ["Split", "Suffix", "split"]
+__all__ = ["Prefix", "Split", "Suffix", "split"]
+
+
+class Prefix(Host):
+    """The half that is frozen: from pictures to what the suffix needs to know of them.
+
+    Args:
+        network: The whole network. Nothing of it is copied.
+        halves: The programs, and tensors that the network keeps neither as parameters nor as buffers.
+    """
+
+    def __init__(self, network: nn.Module, halves: Halves) -> None:
+        """Hold the network."""
+        super().__init__(network, halves.constants)
+        self.program = halves.prefix
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return tensors (B, …) for pictures (B, C, H, W), float and normalised."""
+        return self.program(self, images)
 
 
 class Suffix(Host):
@@ -60,6 +78,7 @@ class Split:
         shapes: Shape of each tensor that is kept of one picture.
         dtypes: Type of each.
         image_shape: (C, H, W) of the pictures it is made for.
+        frozen_half: The half that is frozen, as a module; :meth:`prefix` is the safe way to call it.
         suffix: The half that trains.
     """
 
@@ -67,9 +86,9 @@ class Split:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     image_shape: tuple[int, ...]
+    frozen_half: Prefix = field(repr=False)
     suffix: Suffix
     _model: TransferModel = field(repr=False)
-    _prefix: Callable[..., tuple[Tensor, ...]] = field(repr=False)
 
     @property
     def boundary(self) -> str:
@@ -102,7 +121,8 @@ class Split:
         if freed:
             raise SplitError(f"{', '.join(freed)} is no longer frozen, so what it gives will change; split again")
         with torch.no_grad():
-            return self._prefix(self.suffix, images)
+            given: tuple[Tensor, ...] = self.frozen_half(images)
+            return given
 
 
 def split(model: TransferModel) -> Split:
@@ -171,7 +191,7 @@ def _undisturbed(model: TransferModel) -> Iterator[None]:
 
 def _checked(model: TransferModel, halves: Halves) -> Split:
     """Hand the halves out if they give what the whole network gives, in both modes and picture by picture."""
-    suffix = Suffix(model.network, halves)
+    prefix, suffix = Prefix(model.network, halves), Suffix(model.network, halves)
     overwritten: set[int] = set()
     # Another order only in eval mode: batch norms of two pictures make much of what rounding leaves.
     for training, order in ((False, [2, 0, 1]), (True, [0, 1])):
@@ -183,7 +203,7 @@ def _checked(model: TransferModel, halves: Halves) -> Split:
             statistics = [buffer.clone() for buffer in model.network.buffers()]
         with _undisturbed(model):
             try:
-                kept = tuple(each[order] for each in halves.prefix(suffix, images))
+                kept = tuple(each[order] for each in prefix(images))
                 versions = [each._version for each in kept]
                 seed_generators(0)
                 given = suffix(kept)
@@ -198,9 +218,9 @@ def _checked(model: TransferModel, halves: Halves) -> Split:
         tuple(tuple(each.shape[1:]) for each in kept),
         tuple(each.dtype for each in kept),
         tuple(images.shape[1:]),
+        prefix,
         Suffix(model.network, halves, overwritten=frozenset(overwritten)),
         model,
-        halves.prefix,
     )
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from transferkit.batches import names_of, start_epoch, windows
+from transferkit.activations import ActivationCache, Choice, Phase
+from transferkit.batches import Inputs, names_of, start_epoch, windows
 from transferkit.callbacks._base import Callback, callback_states, named
 from transferkit.devices import PRECISIONS, make_accelerator
 from transferkit.distribution import (
@@ -77,6 +78,7 @@ class Trainer:
             repeated in each. :meth:`fit` gives back a network that is whole in every process; after an error it has
             the weights that fit began with.
         sync_batch_norm: Whether batch norms in training see the batches of all processes as one; on GPUs only.
+        activations: Keeps what frozen stages give, so that they run once per picture; ``None`` for once per epoch.
 
     Attributes:
         head_group: Position of the optimizer's group that holds the head; its lr is the one that is shown and set.
@@ -84,6 +86,7 @@ class Trainer:
         batch: Batches of that epoch that are done.
         step: Number of optimizer steps done.
         gradients: Forward, loss and backward; its ``micro_batch`` tells whether memory ran out.
+        frozen_pass: Batches of which activations were computed to be kept, and of how many; (0, 0) before.
         history: The records so far.
         should_stop: Set it in a callback to end training after the epoch.
 
@@ -109,6 +112,7 @@ class Trainer:
         precision: str = "auto",
         shard: bool = False,
         sync_batch_norm: bool = False,
+        activations: ActivationCache | None = None,
     ) -> None:
         """Store and check the settings; no device is touched yet."""
         check_training(
@@ -141,10 +145,13 @@ class Trainer:
         self.accumulate, self.clip_grad_norm = accumulate, clip_grad_norm
         self.device_name, self.precision, self.shard = device, precision, shard
         self.sync_batch_norm = sync_batch_norm
+        self.activations = ActivationCache(views=0) if activations is None else activations
+        self.frozen_pass = (0, 0)
         self.history = History()
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
         self.should_stop = False
         self._stepper: Any = optimizer
+        self._prepared: nn.Module = model
         self._sharding: Sharding | None = None
         self._interrupts = Interrupts()
         self._sums = torch.zeros(2)
@@ -237,13 +244,14 @@ class Trainer:
                 # Callbacks meet the model as its first epoch will find it.
                 self.model.freeze(self.policy.frozen_stages(self.model.stage_names, min(len(self.history), epochs - 1)))
                 self._call("on_fit_start")
-                wrapped = None
+                phase = None
                 while len(self.history) < epochs and not self.should_stop:
                     self.epoch = len(self.history)
                     frozen = self.policy.frozen_stages(self.model.stage_names, self.epoch)
-                    if wrapped is None or frozen != self.model.frozen:
-                        wrapped = self._freeze(frozen)
-                    self._run_epoch(wrapped, train_batches, val_batches)
+                    if phase is None or frozen != self.model.frozen:
+                        phase = self._begin_phase(frozen, train_batches, val_batches)
+                        wrapped = self._wrap(phase.module)
+                    self._run_epoch(wrapped, phase)
                 self._call("on_fit_end")
             except BaseException as error:
                 if not isinstance(error, Interrupted):
@@ -265,21 +273,65 @@ class Trainer:
         if self.shard and self._sharding is None:
             self._sharding = Sharding(self.accelerator, self.model, self.optimizer)
 
-    def _freeze(self, stages: frozenset[str]) -> nn.Module:
-        """Apply the policy, and wrap the model for the device: what synchronises gradients must know what trains."""
+    @property
+    def _obstacle(self) -> str | None:
+        """Why activations cannot be kept, whatever is frozen."""
+        if self.gradients.mix is not None:
+            return "mixup and cutmix mix pictures before the first stage"
+        return "the network is spread over the processes (shard)" if self.shard else None
+
+    def plan_activations(
+        self, train_batches: Batches, val_batches: Batches, *, epochs: int
+    ) -> list[tuple[int, Choice]]:
+        """Return what :meth:`fit` will keep of frozen stages, and from which epoch on, counted from 0.
+
+        Args:
+            train_batches: As for :meth:`fit`.
+            val_batches: As for :meth:`fit`.
+            epochs: As for :meth:`fit`.
+        """
+        return self.activations.plan(
+            self.model, self.policy, train_batches, val_batches, epochs=epochs, obstacle=self._obstacle
+        )
+
+    def _begin_phase(self, stages: frozenset[str], train_batches: Batches, val_batches: Batches) -> Phase:
+        """Apply the policy, and find out what is trained on what while it stays so."""
         self.model.freeze(stages)
+        changes = [0, *self.policy.changes(self.model.stage_names, self.epochs), self.epochs]
+        first = max(epoch for epoch in changes if epoch <= self.epoch)  # also where a run goes on within the phase
+        return self.activations.phase(
+            self.model,
+            train_batches,
+            val_batches,
+            accelerator=self.accelerator,
+            epochs=min(epoch for epoch in changes if epoch > self.epoch) - first,
+            obstacle=self._obstacle,
+            each_batch=self._frozen_pass_batch,
+        )
+
+    def _frozen_pass_batch(self, done: int, of: int) -> None:
+        self.frozen_pass = done, of
+        self._call("on_frozen_pass_batch_end")
+        if self.accelerator.num_processes == 1:
+            self._stop_if_interrupted()
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        """Wrap what is trained for the device: what synchronises gradients must know what trains."""
         if self._stepper is not self.optimizer:
             self.accelerator.free_memory()  # it would hold on to the model and the optimizer as wrapped before
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
+        self._prepared = module
         if self.shard:  # fully_shard looks at what trains in every pass, and has wrapped the network already
             self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
-            return self.model
-        wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+            return module
+        wrapped, self._stepper = self.accelerator.prepare(module, self.optimizer)
         check_replicas(self.accelerator, self.model.network)
         return cast(nn.Module, wrapped)
 
     def _unwrap(self, *, complete: bool) -> None:
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.activations.close()
+        self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
+        self._prepared = self.model
         if self._sharding is not None:
             sharding, self._sharding = self._sharding, None
             sharding.undo(complete=complete)
@@ -288,19 +340,19 @@ class Trainer:
         self.batch, self._seconds, self._sums = 0, 0.0, torch.zeros(2)
         self._finite.clear()
 
-    def _run_epoch(self, wrapped: nn.Module, train_batches: Batches, val_batches: Batches) -> None:
+    def _run_epoch(self, wrapped: nn.Module, phase: Phase) -> None:
         started = time.perf_counter() - self._seconds
         # Callbacks, and data sets that draw their own order, meet the same numbers whatever happened before.
         seed_generators(self.seed, 5, self.epoch, self.accelerator.process_index)
-        start_epoch(train_batches, self.epoch, skip=self.batch)
+        start_epoch(phase.train_batches, self.epoch, skip=self.batch)
         self.step = self.epoch * self.steps_per_epoch + -(-self.batch // self.accumulate)
         self.model.train()
         self._call("on_train_epoch_start")
-        train_loss = self._train(wrapped, train_batches, started)
+        train_loss = self._train(wrapped, phase.train_batches, started)
         check_replicas(self.accelerator, self.model.network)
         share_buffers(self.accelerator, self.model.network)
         self._call("on_validation_start")
-        validation = self.evaluate(self._until_interrupted(val_batches))
+        validation = self._evaluate(phase.network, self._until_interrupted(phase.val_batches))
         if not math.isfinite(validation.loss):
             lr = self.optimizer.param_groups[self.head_group]["lr"]
             raise TransferkitError(
@@ -371,7 +423,7 @@ class Trainer:
                 f"interrupted after step {done} of {self.steps_per_epoch} in epoch {self.epoch + 1} of {self.epochs}"
             )
 
-    def _until_interrupted(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    def _until_interrupted(self, batches: Batches) -> Iterator[tuple[Inputs, Tensor]]:
         for batch in batches:
             if self.accelerator.num_processes == 1:
                 self._stop_if_interrupted()
@@ -459,9 +511,12 @@ class Trainer:
             DataError: There are no pictures.
         """
         self.model.to(self.device)
+        return self._evaluate(self.model.network, batches)
+
+    def _evaluate(self, network: nn.Module, batches: Any) -> Evaluation:
         if self._sharding is not None:
             batches = equally_many(self.accelerator, batches, self.model.preprocessing)
-        logits, labels = collect_logits(self.model.network, batches, self.device)
+        logits, labels = collect_logits(network, batches, self.device)
         logits = logits[: len(labels)]
         reshard(self.model.network)
         if self.accelerator.num_processes > 1:

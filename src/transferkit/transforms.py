@@ -34,6 +34,7 @@ __all__ = [
     "eval_transform",
     "imagenet_eval",
     "imagenet_train",
+    "is_preset",
     "light",
     "none",
     "train_transform",
@@ -48,9 +49,14 @@ CIFAR10_PREPROCESSING = Preprocessing(
 
 
 class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
-    """A ``v2.Compose`` that prints its preset's name and one short line per step, and knows its channels."""
+    """A ``v2.Compose`` that prints its preset's name and one short line per step.
 
-    def __init__(self, name: str, preprocessing: Preprocessing, steps: Sequence[nn.Module]) -> None:
+    It knows its channels, and whether it draws random numbers.
+    """
+
+    def __init__(
+        self, name: str, preprocessing: Preprocessing, steps: Sequence[nn.Module], *, random: bool = True
+    ) -> None:
         channels = preprocessing.channels
         to_channels = {1: [v2.Grayscale(1)], 3: []}.get(channels, [ToTensor(channels)])
         super().__init__(
@@ -64,6 +70,7 @@ class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
         )
         self.name = name
         self.channels = channels
+        self.random = random
 
     def __repr__(self) -> str:
         text = "\n".join([f"{self.name}(", *(f"  {step}" for step in self.transforms), ")"])
@@ -111,7 +118,7 @@ def imagenet_eval(preprocessing: Preprocessing) -> v2.Compose:
           Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], inplace=False)
         )
     """
-    return _Preset("imagenet_eval", preprocessing, _resize(preprocessing))
+    return _Preset("imagenet_eval", preprocessing, _resize(preprocessing), random=False)
 
 
 def cifar_train(preprocessing: Preprocessing, *, jitter: float = 0.0, rotation: float = 0.0) -> v2.Compose:
@@ -172,7 +179,7 @@ def cifar_eval(preprocessing: Preprocessing) -> v2.Compose:
         torch.Size([3, 64, 64])
     """
     steps = [*_to_32_pixels(preprocessing), *_from_32_pixels(preprocessing)]
-    return _Preset("cifar_eval", preprocessing, steps)
+    return _Preset("cifar_eval", preprocessing, steps, random=False)
 
 
 def light(preprocessing: Preprocessing) -> v2.Compose:
@@ -322,6 +329,16 @@ def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
         images.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std)
     )
     return (images.float() * std + mean).clamp(0, 1)
+
+
+def is_preset(transform: Transform) -> bool:
+    """Whether a transform is one of this module's, so that its text says all that it does.
+
+    Example:
+        >>> is_preset(light(Preprocessing())), is_preset(v2.PILToTensor())
+        (True, False)
+    """
+    return isinstance(transform, _Preset)
 
 
 def _preset(

@@ -16,6 +16,7 @@ __all__ = ["HOOKS", "Callback", "callback_states", "named"]
 HOOKS = (
     "on_fit_start",
     "on_train_epoch_start",
+    "on_frozen_pass_batch_end",
     "on_train_batch_start",
     "on_before_optimizer_step",
     "on_train_batch_end",
@@ -25,7 +26,7 @@ HOOKS = (
     "on_fit_end",
     "on_exception",
 )
-"""The hooks in the order in which they are called; the names are Lightning's."""
+"""The hooks in the order in which they are called; the names are Lightning's, which has no frozen pass."""
 
 
 class Callback:
@@ -59,6 +60,9 @@ class Callback:
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
         """Before an epoch's first batch; the freeze policy has been applied."""
+
+    def on_frozen_pass_batch_end(self, trainer: Trainer) -> None:
+        """After activations of a batch were computed to be kept, in training or validation; see ``frozen_pass``."""
 
     def on_train_batch_start(self, trainer: Trainer) -> None:
         """Before a batch goes through the network."""

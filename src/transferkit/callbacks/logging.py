@@ -37,6 +37,7 @@ class Progress(Callback):
         self.monitor = monitor
         self._bar: Any = None
         self._task: Any = None
+        self._frozen: Any = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start the bar."""
@@ -62,6 +63,18 @@ class Progress(Callback):
             title = f"epoch {trainer.epoch + 1}/{trainer.epochs}"
             self._task = self._bar.add_task(title, total=trainer.batches_per_epoch, completed=trainer.batch, note="")
 
+    def on_frozen_pass_batch_end(self, trainer: Trainer) -> None:
+        """Move a bar of its own, which is there while activations are computed."""
+        if self._bar is None:
+            return
+        done, of = trainer.frozen_pass
+        if self._frozen is None:
+            self._frozen = self._bar.add_task("frozen stages, once", total=of, note="")
+        self._bar.update(self._frozen, completed=done)
+        if done == of:
+            self._bar.remove_task(self._frozen)
+            self._frozen = None
+
     def on_train_batch_end(self, trainer: Trainer) -> None:
         """Move the bar."""
         if self._bar is not None:
@@ -86,7 +99,7 @@ class Progress(Callback):
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
+            self._bar = self._frozen = None
 
     def on_exception(self, trainer: Trainer) -> None:
         """Take the bar away, so that the error is readable."""
