@@ -74,6 +74,9 @@ def by_trainer(folder):
 
 def by_own_loop(folder):
     model, train, val, optimizer = pieces(folder)
+    model.network.to(
+        memory_format=torch.channels_last
+    )  # as the trainer does; another order of memory rounds differently
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
     lrs = [group["lr"] for group in optimizer.param_groups]
     history, best, best_weights, step = tk.History(), None, None, 0

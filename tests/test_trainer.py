@@ -78,8 +78,9 @@ def differ(first, second):
 
 
 def by_hand(model, train, *, epochs=2, lr=0.05, loss=F.cross_entropy, mix=None, seed=0):
-    """The textbook loop."""
-    optimizer = torch.optim.SGD(model.network.parameters(), lr, momentum=0.9, nesterov=True)
+    """The textbook loop, with the trainer's order of memory, since another one rounds differently."""
+    model.network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.network.parameters(), lr, momentum=0.9, nesterov=True, fused=True)
     model.network.train()
     for epoch in range(epochs):
         for index, (images, labels) in enumerate(train):
@@ -144,7 +145,7 @@ def test_best_weights_are_in_the_model_after_fit(tiny_model, tmp_path, saved):
     assert record == best.best
     assert record.epoch < 4  # else the last weights would pass for the best ones
     assert_equal(watch.epochs[record.epoch - 1], model)
-    assert trainer.evaluate(VAL).loss == record.val_loss
+    assert trainer.evaluate(VAL).loss == pytest.approx(record.val_loss, rel=1e-5)
     if saved:
         assert_equal(load_artifact(tmp_path / "best"), model)
 

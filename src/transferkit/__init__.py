@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "backbones": ["list_models", "model_info"],
+    "activations": ["ActivationCache"],
     "callbacks": [
         "EMA",
         "BestCheckpoint",

@@ -266,7 +266,16 @@ class ActivationCache:
         epochs: int,
         obstacle: str | None = None,
     ) -> list[tuple[int, Choice]]:
-        """Return each phase's first epoch, counted from 0, and what is done in it; the model is left as it is."""
+        """Return each phase's first epoch, counted from 0, and what is done in it; the model is left as it is.
+
+        Args:
+            model: What is trained.
+            policy: What is frozen when.
+            train_batches: From :func:`loader`; nothing is kept of others.
+            val_batches: The same.
+            epochs: Length of the run.
+            obstacle: Why nothing can be kept, where the caller knows.
+        """
         starts = [0, *policy.changes(model.stage_names, epochs)]
         before = model.frozen
         choices = []

@@ -131,7 +131,7 @@ def finetune(
     checkpoint_interval: Annotated[float, typer.Option(help="Seconds between two resume states at least.")] = 5.0,
     device: Device = None,
     views: Annotated[
-        int | None, typer.Option(help="Kept views of each augmented picture while stages are frozen; 0 for none, or 4.")
+        int | None, typer.Option(help="Kept views of each augmented picture while stages are frozen (4), 0 for none.")
     ] = None,
     cache_budget: Annotated[
         str | None, typer.Option(help="Memory for what frozen stages gave, such as 2GB; the rest goes into files.")

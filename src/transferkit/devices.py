@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import nullcontext
 from datetime import timedelta
@@ -10,10 +11,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, patch_environment
+from torch import nn
 
 from transferkit.exceptions import SettingError
+from transferkit.model import TransferModel
 
-__all__ = ["PRECISIONS", "choose_device", "is_main_process", "make_accelerator", "processes_per_machine"]
+__all__ = [
+    "PRECISIONS",
+    "choose_device",
+    "is_main_process",
+    "make_accelerator",
+    "processes_per_machine",
+    "runs_channels_last",
+]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -120,3 +130,29 @@ def make_accelerator(device: str | None = None, precision: str = "auto") -> Acce
             "device in a run of several processes"
         )
     return accelerator
+
+
+def runs_channels_last(model: TransferModel) -> bool:
+    """Whether a model is one of convolutions, and takes its channels last in memory, which trains them faster.
+
+    Args:
+        model: One picture is run through a copy of it.
+
+    Source: PyTorch, "Channels Last Memory Format".
+
+    Example:
+        >>> from transferkit.create import create_model
+        >>> [runs_channels_last(create_model(f"timm/{name}", weights=None)) for name in ("test_resnet", "test_vit")]
+        [True, False]
+    """
+    if sum(isinstance(module, nn.Conv2d) for module in model.modules()) < 2:
+        return False
+    network = copy.deepcopy(model.network).eval().to(memory_format=torch.channels_last)
+    size, channels = model.preprocessing.size, model.preprocessing.channels
+    image = torch.zeros(1, channels, size, size).to(next(network.parameters()))
+    try:
+        with torch.no_grad():
+            network(image)
+    except RuntimeError:  # a view of what is no longer in one piece
+        return False
+    return True

@@ -314,9 +314,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 
 
 def spread_like(value: Any, other: Tensor | None) -> Any:
-    """Spread a whole tensor as another one of its shape is; anything else is returned as it is."""
-    if isinstance(value, DTensor) or not (isinstance(value, Tensor) and isinstance(other, DTensor)):
+    """Spread a whole tensor, or order its memory, as another one of its shape; anything else is returned as it is."""
+    if isinstance(value, DTensor) or not (isinstance(value, Tensor) and isinstance(other, Tensor)):
         return value
     if value.shape != other.shape:
         return value
+    if not isinstance(other, DTensor):
+        # fused optimizers go through the memory of both side by side
+        return torch.empty_like(other, dtype=value.dtype, device=value.device).copy_(value)
     return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)

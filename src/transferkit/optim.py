@@ -28,8 +28,8 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """Makes an optimizer of a list of groups, such as ``functools.partial(torch.optim.RMSprop, alpha=0.9)``."""
 
 _OPTIMIZERS: Mapping[str, tuple[OptimizerFactory, Mapping[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, {}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
 }
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from transferkit.activations import ActivationCache, Choice, Phase
 from transferkit.batches import Inputs, names_of, start_epoch, windows
 from transferkit.callbacks._base import Callback, callback_states, named
-from transferkit.devices import PRECISIONS, make_accelerator
+from transferkit.devices import PRECISIONS, make_accelerator, runs_channels_last
 from transferkit.distribution import (
     Sharding,
     check_replicas,
@@ -267,6 +267,8 @@ class Trainer:
     def _place(self) -> None:
         """Put the network where it is trained, and spread it over the processes if that is asked for."""
         self.model.to(self.device)
+        if not self.shard and runs_channels_last(self.model):
+            self.model.network.to(memory_format=torch.channels_last)
         self.loss_function.to(self.device)
         self._ask_every = 1 if self.device.type == "cpu" else _ASK_EVERY
         self._finite = FiniteCheck(every=self._ask_every)
@@ -330,6 +332,7 @@ class Trainer:
 
     def _unwrap(self, *, complete: bool) -> None:
         self.activations.close()
+        self.model.network.to(memory_format=torch.contiguous_format)
         self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
         self._prepared = self.model
         if self._sharding is not None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from transferkit import (
     EMA,
+    ActivationCache,
     BestCheckpoint,
     Callback,
     Cosine,
@@ -135,10 +136,9 @@ class WrappedOnce(Trainer):
 
     first = None
 
-    def _freeze(self, stages):
+    def _wrap(self, module):
         if self.first is None:
-            self.first = super()._freeze(stages)
-        self.model.freeze(stages)
+            self.first = super()._wrap(module)
         return self.first
 
 
@@ -161,6 +161,11 @@ def batch_norm(folder):
 
 def scalars(folder):
     return seen(fitted("timm/test_nfnet"))  # parameters without dimensions
+
+
+def kept(folder):
+    """Train on kept activations, which each process computes for its share of the pictures; they are in files."""
+    return seen(fitted("timm/test_vit", activations=ActivationCache(views=2, budget=0)))
 
 
 def wrapped_once(folder):
