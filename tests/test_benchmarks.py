@@ -18,6 +18,9 @@ from transferkit.create import outline
 from transferkit.freezing import policy_from_text
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+OURS = ("transferkit", "transferkit, views=4", "transferkit, 1 epoch")
+PEERS = ("PyTorch tutorial loop", "Lightning", "HF Trainer")
+TRAINING = "training and validation, s"
 
 
 def module(path: str) -> ModuleType:
@@ -100,21 +103,70 @@ def test_the_peers_freeze_the_parameters_that_transferkit_freezes(name: str) -> 
         assert {native[id(each)] for module in modules for each in module.parameters()} == expected, policy
 
 
-def benchmark(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), "--quick", *arguments]
+def benchmark(script: str, *arguments: str, expect: int = 0) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    assert ended.returncode == expect, ended.stdout + ended.stderr
+    return ended.stdout if expect == 0 else ended.stderr
 
 
-def has_figures(text: str, row: str) -> None:
-    found = cells(text, row)
-    assert float(found[1]) > float(found[-3].split()[0]) > 0 if False else float(found[1]) > 0, found
+def assert_figures(text: str, *rows: str) -> None:
+    for row in rows:
+        head, found = cells(text, "run"), cells(text, row)
+        process, training = (float(found[head.index(name)].split()[0]) for name in ("process, s", TRAINING))
+        assert process > training > 0, found
 
 
-@pytest.mark.parametrize("script", ["head_only.py", "partly_frozen.py", "full_finetuning.py"])
-def test_a_wrong_command_line_ends_with_one_sentence(script: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / script)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert "give the folder" in ended.stderr
+def test_a_wrong_command_line_ends_with_one_sentence() -> None:
+    assert "give the folder" in benchmark("head_only.py", expect=2)
+    assert "no peer 'keras'; there are tutorial," in benchmark("head_only.py", "--quick", "--peers", "keras", expect=2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_head_only_compares_both_ways_of_ours_with_every_peer_that_is_installed() -> None:
+    pytest.importorskip("lightning", reason="needs the lightning extra")
+    pytest.importorskip("transformers", reason="needs the transformers extra")
+    text = benchmark("head_only.py", "--quick")
+    assert_figures(text, *OURS, *PEERS)
+    fastai = cells(text, "fastai")[1]
+    assert fastai.startswith("not installed") or float(fastai) > 0
+    assert "transferkit, views=4: asked at least 8×, came to" in text
+    assert "An epoch after the first, checkpoints included: asked under 3 %" in text
+    assert "commit" in text
+    assert "torch" in text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_partly_frozen_has_a_table_per_network_and_policy() -> None:
+    text = benchmark("partly_frozen.py", "--quick")
+    titles = ["MobileNetV2, last:1", "MobileNetV2, until:stage4", "ResNet-18, last:1", "ResNet-18, until:stage3"]
+    _, *sections = text.split("\n## ")
+    assert [section.splitlines()[0] for section in sections] == titles
+    for section in sections:
+        assert_figures(section, "transferkit", "PyTorch tutorial loop")
+        assert "asked at least 3×, came to" in section
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_full_finetuning_compares_with_the_loop_tuned_by_hand_too() -> None:
+    text = benchmark("full_finetuning.py", "--quick", "--peers", "tutorial")
+    _, *sections = text.split("\n## ")
+    assert len(sections) == 2
+    for section, asked in zip(sections, ("1.8", "1.05"), strict=True):
+        rows = ["transferkit", "PyTorch tutorial loop", "loop tuned by hand", "loop tuned by hand, memory kept"]
+        assert_figures(section, *rows)
+        assert f"asked at least {asked}×, came to" in section
+        assert "asked at least 0.9×, came to" in section
+
+
+@pytest.mark.long
+def test_a_peer_that_cannot_be_imported_keeps_a_row_that_says_so(tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'no fastai here' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    text = benchmark("head_only.py", "--quick", "--peers", "fastai", "--fastai-python", str(broken))
+    assert cells(text, "fastai")[1] == "not installed (no fastai here)"
+    assert "not compared: fastai" in text

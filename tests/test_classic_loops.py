@@ -40,6 +40,7 @@ def tutorial(folder: Path, *, all_layers: bool) -> tuple[list[tuple[float, float
     data = image_folder(folder)
     model = create_model(NETWORK, weights=None, class_names=data.class_names, image_size=32, seed=0)
     network, preprocessing = model.network, model.preprocessing
+    network.to(memory_format=torch.channels_last)  # as the trainer does; another order of memory rounds differently
     train = loader(data.train, train_transform("imagenet", preprocessing), batch_size=16, train=True)
     val = loader(data.val, eval_transform("imagenet", preprocessing), batch_size=16, train=False)
     if not all_layers:
@@ -71,7 +72,7 @@ def tutorial(folder: Path, *, all_layers: bool) -> tuple[list[tuple[float, float
 @pytest.mark.parametrize(("name", "all_layers"), [("fixed feature extractor", False), ("full fine-tuning", True)])
 def test_the_tutorials_loops_equal_the_tutorials_own_code(name: str, all_layers: bool, picture_folder: Path) -> None:
     last = LastWeights()
-    settings = {"image_size": 32, "num_workers": 0, "progress": False, "device": "cpu", "callbacks": [last]}
+    settings = {"image_size": 32, "num_workers": 0, "progress": False, "device": "cpu", "views": 0, "callbacks": [last]}
     history = LOOPS[name](NETWORK, weights=None, **settings).fit(picture_folder)
     figures, network = tutorial(picture_folder, all_layers=all_layers)
     assert [each.val_accuracy for each in history] == [accuracy for accuracy, _ in figures]

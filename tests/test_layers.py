@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "activation_store",
         "activations",
         "inference",
+        "folding",
         "allocator",
     ),
     (

@@ -199,6 +199,48 @@ def test_the_file_is_closed_again(tmp_path):
     assert len(pickle.loads(pickle.dumps(pictures))) == 5
 
 
+@pytest.mark.parametrize(
+    ("size", "at_least", "expected"),
+    [
+        ((1600, 1200), None, (1600, 1200)),
+        ((1600, 1200), 600, (800, 600)),
+        ((1600, 1200), 601, (1600, 1200)),
+        ((1600, 1201), 300, (400, 301)),
+        ((1200, 1600), 100, (150, 200)),
+        ((40, 30), 100, (40, 30)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_smaller_where_that_is_enough(tmp_path, size, at_least, expected):
+    corners().resize(size).save(tmp_path / "picture.jpg", quality=95)
+    picture = read_picture(tmp_path / "picture.jpg", at_least=at_least)
+    assert picture.size == expected
+    assert np.allclose(block_centres(picture), block_centres(corners()), atol=20)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_jpeg_decoded_smaller_has_the_same_colours(tmp_path, mode, channels):
+    corners(64).convert(mode).save(tmp_path / "picture.jpg", quality=98)
+    small, full = (read_picture(tmp_path / "picture.jpg", channels=channels, at_least=each) for each in (16, None))
+    assert (small.mode, small.width * 4) == (full.mode, full.width)
+    assert np.allclose(block_centres(small), block_centres(full), atol=8)
+
+
+def test_a_jpeg_decoded_smaller_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    corners(64).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "picture.jpg", exif=exif, quality=95)
+    picture = read_picture(tmp_path / "picture.jpg", at_least=32)
+    assert picture.size == tuple(side // 2 for side in corners(64).size)
+    assert np.allclose(block_centres(picture), block_centres(corners(64)), atol=20)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".tif", ".webp", ".bmp"])
+def test_other_formats_are_decoded_whole(tmp_path, suffix):
+    corners(64).save(tmp_path / f"picture{suffix}")
+    assert read_picture(tmp_path / f"picture{suffix}", at_least=8).size == corners(64).size
+
+
 def test_a_rotated_picture_in_memory_is_turned_and_left_untouched():
     picture = corners()
     exif = Image.Exif()

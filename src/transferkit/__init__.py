@@ -85,6 +85,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from transferkit.activations import ActivationCache as ActivationCache
     from transferkit.backbones import list_models as list_models, model_info as model_info
     from transferkit.callbacks import (
         EMA as EMA,

@@ -39,9 +39,8 @@ class ActivationStore:
     Example:
         >>> store = ActivationStore.create(3, [torch.zeros(1, 2)])
         >>> store.write(torch.tensor([0, 2]), [torch.ones(2, 2)])
-        >>> store.read(torch.tensor([2, 1]))
-        (tensor([[1., 1.],
-                [0., 0.]]),)
+        >>> store.read(torch.tensor([2]))
+        (tensor([[1., 1.]]),)
     """
 
     def __init__(

@@ -32,9 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transferkit.activation_store import ActivationStore
 from transferkit.batches import Inputs
 from transferkit.devices import processes_per_machine
+from transferkit.evaluation import is_worth_preparing
 from transferkit.exceptions import SettingError, SplitError
 from transferkit.freezing import FreezePolicy
 from transferkit.identity import contents_of
+from transferkit.inference import fast_forward
 from transferkit.loading import Batches
 from transferkit.model import TrainingOutput, TransferModel, as_output
 from transferkit.splitting import Split, Suffix, split
@@ -296,6 +298,7 @@ class ActivationCache:
         epochs: int,
         obstacle: str | None = None,
         each_batch: Callable[[int, int], object] = max,
+        engine: str = "eager",
     ) -> Phase:
         """Return what to train and to validate while the same stages are frozen as now; every process must ask.
 
@@ -308,6 +311,7 @@ class ActivationCache:
             obstacle: Why nothing can be kept, where the caller knows.
             each_batch: Called after each batch that is computed to be kept, with the number of batches that are done,
                 and of all.
+            engine: What computes them, one of :data:`~transferkit.inference.ENGINES`.
         """
         self.close()
         choice = self.choose(model, train_batches, val_batches, epochs=epochs, obstacle=obstacle)
@@ -322,7 +326,7 @@ class ActivationCache:
             return Phase(model, model.network, train_batches, val_batches)
         for half in (choice.split.frozen_half, choice.split.suffix):
             half.to(accelerator.device)  # they may have been made elsewhere, and hold tensors that are not the model's
-        frozen_pass = _FrozenPass(self, model, choice, accelerator, val_batches, each_batch)
+        frozen_pass = _FrozenPass(self, model, choice, accelerator, val_batches, each_batch, engine)
         train = KeptBatches(train_batches, choice.views, partial(frozen_pass.store, train_batches, training=True))
         val = KeptBatches(val_batches, 1, partial(frozen_pass.store, val_batches, training=False))
         self._open = [train, val]
@@ -364,11 +368,13 @@ class _FrozenPass:
         accelerator: Accelerator,
         val_batches: Batches,
         each_batch: Callable[[int, int], object],
+        engine: str,
     ) -> None:
         assert choice.split is not None
         self.cache, self.model, self.choice, self.accelerator = cache, model, choice, accelerator
         self.split, self.each_batch = choice.split, each_batch
-        self.plain = val_batches.pictures.transform
+        self.plain, self.engine = val_batches.pictures.transform, engine
+        self.forward: Callable[[Tensor], Any] | None = None
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def store(self, batches: Batches, view: int, *, training: bool) -> ActivationStore:
@@ -419,8 +425,13 @@ class _FrozenPass:
         mine: list[tuple[list[int], list[Tensor]]] = []
         if batch is not None:
             images, labels = batch
+            images = images.to(self.accelerator.device, non_blocking=True)
+            if self.forward is None:  # every view of this phase goes through the same weights
+                prepared = is_worth_preparing(range(self.choice.passes), images[:1])
+                frozen = self.split.frozen_half
+                self.forward = fast_forward(frozen, images, engine=self.engine) if prepared else self.split.prefix
             with self.precision():
-                activations = self.split.prefix(images.to(self.accelerator.device, non_blocking=True))
+                activations = self.forward(images)
             mine = [(rows, [*(each.cpu() for each in activations), labels])]
         if self.accelerator.num_processes == 1:
             return mine
@@ -461,6 +472,7 @@ class _FrozenPass:
             "device": self.accelerator.device.type,
             "precision": "fp32" if self.precision is nullcontext else str(self.accelerator.mixed_precision),
             "kept as": self.cache.dtype,
+            "engine": self.engine,
         }
 
 

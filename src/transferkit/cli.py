@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from transferkit import __version__
+from transferkit.allocator import tune_allocator
 from transferkit.exceptions import TransferkitError
 from transferkit.interrupts import EXIT_CODE, Interrupted
 
@@ -36,12 +37,16 @@ Weights = Annotated[str, typer.Option(help="default, a tag, a path to a state di
 BatchSize = Annotated[int, typer.Option(help="Pictures per batch.")]
 ImageSize = Annotated[int | None, typer.Option(help="Input side in pixels; the weights' by default.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+Engine = Annotated[
+    str, typer.Option(help="What computes where nothing is trained: eager, compile, onnxruntime or openvino.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes that read pictures.")]
 Run = Annotated[Path, typer.Argument(help="Output folder of a run, or any saved model.")]
 
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends with one sentence and exit code 2."""
+    tune_allocator()
     try:
         app()
     except TransferkitError as error:
@@ -137,6 +142,7 @@ def finetune(
         str | None, typer.Option(help="Memory for what frozen stages gave, such as 2GB; the rest goes into files.")
     ] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep what frozen stages gave here for later runs.")] = None,
+    engine: Engine = "eager",
     shard: Annotated[bool, typer.Option("--shard", help="Spread the network over the processes (FSDP2).")] = False,
     workers: Workers = None,
     as_json: Json = False,
@@ -179,6 +185,7 @@ def finetune(
         views=views,
         cache_budget=cache_budget,
         cache_dir=cache_dir,
+        engine=engine,
         shard=shard,
         num_workers=workers,
         progress=is_main_process(),
@@ -258,12 +265,13 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Folder of class folders, or one with val/ in it.")],
     batch_size: BatchSize = 16,
     device: Device = None,
+    engine: Engine = "eager",
     as_json: Json = False,
 ) -> None:
     """Measure a trained model on labelled pictures."""
     from transferkit.finetuner import Finetuner
 
-    result = Finetuner.load(run, batch_size=batch_size, device=device).evaluate(data)
+    result = Finetuner.load(run, batch_size=batch_size, device=device, engine=engine).evaluate(data)
     if as_json:
         _print_json(result)
         return
@@ -282,12 +290,13 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 1,
     batch_size: BatchSize = 16,
     device: Device = None,
+    engine: Engine = "eager",
     as_json: Json = False,
 ) -> None:
     """Classify pictures with a trained model."""
     from transferkit.finetuner import Finetuner
 
-    predictions = Finetuner.load(run, batch_size=batch_size, device=device).predict(pictures)
+    predictions = Finetuner.load(run, batch_size=batch_size, device=device, engine=engine).predict(pictures)
     if as_json:
         _print_json(
             {

@@ -142,7 +142,8 @@ def runs_channels_last(model: TransferModel) -> bool:
 
     Example:
         >>> from transferkit.create import create_model
-        >>> [runs_channels_last(create_model(f"timm/{name}", weights=None)) for name in ("test_resnet", "test_vit")]
+        >>> models = [create_model(f"timm/test_{kind}", weights=None, num_classes=2) for kind in ("resnet", "vit")]
+        >>> [runs_channels_last(model) for model in models]
         [True, False]
     """
     if sum(isinstance(module, nn.Conv2d) for module in model.modules()) < 2:

@@ -30,6 +30,7 @@ from transferkit.freezing import FreezePolicy, policy_from_text
 from transferkit.heads import Head
 from transferkit.history import History
 from transferkit.identity import check_same_run
+from transferkit.inference import check_engine
 from transferkit.loading import in_channels
 from transferkit.metrics import evaluate_logits
 from transferkit.model import TransferModel
@@ -125,6 +126,7 @@ class Finetuner:
         cache_budget: Memory for these activations, in bytes or as ``"256MiB"``; beyond it they are kept in files.
             ``None`` for a quarter of what is free.
         cache_dir: Folder where they stay for later runs; ``None`` for none.
+        engine: What computes where nothing is trained: ``"eager"``, ``"compile"``, ``"onnxruntime"`` or ``"openvino"``.
         cache_dtype: ``"auto"`` keeps them as computed; ``"fp16"`` or ``"bf16"`` halves them, with a small loss.
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
@@ -190,6 +192,7 @@ class Finetuner:
     cache_budget: int | str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     cache_dtype: str = "auto"
+    engine: str = "eager"
     device: str | None = None
     precision: str = "auto"
     shard: bool = False
@@ -222,6 +225,7 @@ class Finetuner:
         if self.ema is not None:
             EMA(self.ema)
         make_activations(self)
+        check_engine(self.engine)
         Head(1, dropout=self.dropout, hidden_size=self.hidden_size)
         probe = Preprocessing() if self.image_size is None else Preprocessing().resized(self.image_size)
         if self.train_preset is not None:
@@ -332,6 +336,7 @@ class Finetuner:
             shard=self.shard,
             sync_batch_norm=self.sync_batch_norm,
             activations=make_activations(self),
+            engine=self.engine,
         )
         self.history = trainer.history
         given: dict[str, Any] = {
@@ -449,7 +454,7 @@ class Finetuner:
             train=False,
             channels=model.preprocessing.channels,
         )
-        logits, labels = collect_logits(model.network, batches, device)
+        logits, labels = collect_logits(model.network, batches, device, engine=self.engine)
         return evaluate_logits(logits, labels, model.class_names).to_dict()
 
     def predict(self, pictures: Pictures) -> list[Prediction]:
@@ -466,7 +471,8 @@ class Finetuner:
             PictureError: A picture cannot be read.
             SettingError: The model is not trained or loaded yet.
         """
-        return predict(self._trained(), pictures, batch_size=self.batch_size, device=choose_device(self.device))
+        device = choose_device(self.device)
+        return predict(self._trained(), pictures, batch_size=self.batch_size, device=device, engine=self.engine)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Save the model and the history; :meth:`load`, and the native library, open it.

@@ -35,7 +35,7 @@ _OVERSHOOT = 0.25
 _FILE_CHANNELS = (1, 3, 4)
 
 
-def read_picture(path: str | os.PathLike[str], *, channels: int = 3) -> Image.Image:
+def read_picture(path: str | os.PathLike[str], *, channels: int = 3, at_least: int | None = None) -> Image.Image:
     """Read one picture file as upright RGB, or with its transparency as RGBA, whatever its mode.
 
     EXIF orientation is applied, 16-bit and float greys are scaled to 8 bits, and of an animation the first frame is
@@ -46,6 +46,8 @@ def read_picture(path: str | os.PathLike[str], *, channels: int = 3) -> Image.Im
         channels: What the network takes. 3 gives RGB, transparency laid on white, and so does 1, which the network's
             transform turns grey. 4 gives RGBA: transparency is kept, and a picture without is opaque. Pillow drops a
             fourth band of another meaning, as in TIFF files from satellites; hand those over as tensors.
+        at_least: Pixels that the shorter side must keep. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where
+            that is enough, which is faster; other formats keep their size. ``None`` decodes all pixels.
 
     Returns:
         A PIL image of mode ``RGB`` or ``RGBA``.
@@ -67,6 +69,8 @@ def read_picture(path: str | os.PathLike[str], *, channels: int = 3) -> Image.Im
     check_file_channels(channels)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             return _upright(image, channels)
     # Pillow's decoders let struct.error, zlib.error, SyntaxError and more escape from damaged files.
     except Exception as error:

@@ -53,6 +53,7 @@ __all__ = [
     "read_pictures",
     "resume_checkpoint",
     "run_folder",
+    "workers_for",
 ]
 
 # Settings that a resumed run may change: where it runs, what it shows, how often it saves, where it keeps activations.
@@ -125,8 +126,6 @@ def make_loader(
     world_size: int = 1,
 ) -> DataLoader[tuple[Tensor, int]]:
     """Return the batches of one process."""
-    spare = (os.cpu_count() or 1) // processes_per_machine() - 1
-    workers = max(0, min(8, spare)) if settings.num_workers is None else settings.num_workers
     return loader(
         in_channels(source, channels),
         transform,
@@ -134,10 +133,17 @@ def make_loader(
         seed=settings.seed,
         train=train,
         balanced=train and settings.balanced,
-        num_workers=min(workers, len(source) // settings.batch_size),
+        num_workers=workers_for(settings, len(source)),
         rank=rank,
         world_size=world_size,
     )
+
+
+def workers_for(settings: Finetuner, count: int) -> int:
+    """Say how many processes read so many pictures: one per core that this one does not use, if they have enough."""
+    spare = (os.cpu_count() or 1) // processes_per_machine() - 1
+    workers = max(0, min(8, spare)) if settings.num_workers is None else settings.num_workers
+    return min(workers, count // settings.batch_size)
 
 
 def make_activations(settings: Finetuner) -> ActivationCache:

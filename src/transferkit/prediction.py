@@ -60,6 +60,7 @@ def predict(
     batch_size: int = 32,
     num_workers: int = 0,
     device: torch.device | None = None,
+    engine: str = "eager",
 ) -> list[Prediction]:
     """Classify pictures with exactly the transform that validation uses.
 
@@ -71,6 +72,7 @@ def predict(
         batch_size: Pictures per batch.
         num_workers: Processes that read and transform.
         device: Where to compute; ``None`` for where the model is.
+        engine: What computes, one of :data:`~transferkit.inference.ENGINES`.
 
     Returns:
         One prediction per picture, in the order given; a folder's pictures are sorted.
@@ -102,7 +104,7 @@ def predict(
         train=False,
         num_workers=num_workers,
     )
-    logits, _ = collect_logits(model.network, batches, device)
+    logits, _ = collect_logits(model.network, batches, device, engine=engine)
     shares = torch.softmax(logits.double(), dim=1)
     return [
         Prediction(

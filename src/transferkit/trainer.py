@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 from transferkit.activations import ActivationCache, Choice, Phase
-from transferkit.batches import Inputs, names_of, start_epoch, windows
+from transferkit.batches import names_of, start_epoch, windows
 from transferkit.callbacks._base import Callback, callback_states, named
 from transferkit.devices import PRECISIONS, make_accelerator, runs_channels_last
 from transferkit.distribution import (
@@ -36,6 +36,7 @@ from transferkit.exceptions import ArtifactError, DataError, SettingError, Trans
 from transferkit.freezing import FreezePolicy, FullFinetune
 from transferkit.gradients import FiniteCheck, Gradients
 from transferkit.history import EpochRecord, History
+from transferkit.inference import check_engine
 from transferkit.interrupts import Interrupted, Interrupts
 from transferkit.metrics import Evaluation, evaluate_logits
 from transferkit.model import TransferModel
@@ -79,6 +80,7 @@ class Trainer:
             the weights that fit began with.
         sync_batch_norm: Whether batch norms in training see the batches of all processes as one; on GPUs only.
         activations: Keeps what frozen stages give, so that they run once per picture; ``None`` for once per epoch.
+        engine: What computes where nothing is trained, one of :data:`~transferkit.inference.ENGINES`.
 
     Attributes:
         head_group: Position of the optimizer's group that holds the head; its lr is the one that is shown and set.
@@ -113,6 +115,7 @@ class Trainer:
         shard: bool = False,
         sync_batch_norm: bool = False,
         activations: ActivationCache | None = None,
+        engine: str = "eager",
     ) -> None:
         """Store and check the settings; no device is touched yet."""
         check_training(
@@ -125,6 +128,7 @@ class Trainer:
             clip_grad_norm=clip_grad_norm,
             precision=precision,
         )
+        check_engine(engine)
         classes = len(model.class_names)
         if class_weights is not None and len(class_weights) != classes:
             raise SettingError(
@@ -146,6 +150,7 @@ class Trainer:
         self.device_name, self.precision, self.shard = device, precision, shard
         self.sync_batch_norm = sync_batch_norm
         self.activations = ActivationCache(views=0) if activations is None else activations
+        self.engine = engine
         self.frozen_pass = (0, 0)
         self.history = History()
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
@@ -309,6 +314,7 @@ class Trainer:
             epochs=min(epoch for epoch in changes if epoch > self.epoch) - first,
             obstacle=self._obstacle,
             each_batch=self._frozen_pass_batch,
+            engine=self.engine,
         )
 
     def _frozen_pass_batch(self, done: int, of: int) -> None:
@@ -355,7 +361,7 @@ class Trainer:
         check_replicas(self.accelerator, self.model.network)
         share_buffers(self.accelerator, self.model.network)
         self._call("on_validation_start")
-        validation = self._evaluate(phase.network, self._until_interrupted(phase.val_batches))
+        validation = self._evaluate(phase.network, phase.val_batches, before_batch=self._before_validation_batch)
         if not math.isfinite(validation.loss):
             lr = self.optimizer.param_groups[self.head_group]["lr"]
             raise TransferkitError(
@@ -426,11 +432,9 @@ class Trainer:
                 f"interrupted after step {done} of {self.steps_per_epoch} in epoch {self.epoch + 1} of {self.epochs}"
             )
 
-    def _until_interrupted(self, batches: Batches) -> Iterator[tuple[Inputs, Tensor]]:
-        for batch in batches:
-            if self.accelerator.num_processes == 1:
-                self._stop_if_interrupted()
-            yield batch
+    def _before_validation_batch(self) -> None:
+        if self.accelerator.num_processes == 1:
+            self._stop_if_interrupted()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to go on from here, where no step is half done; every process must ask.
@@ -516,10 +520,12 @@ class Trainer:
         self.model.to(self.device)
         return self._evaluate(self.model.network, batches)
 
-    def _evaluate(self, network: nn.Module, batches: Any) -> Evaluation:
+    def _evaluate(
+        self, network: nn.Module, batches: Any, *, before_batch: Callable[[], object] | None = None
+    ) -> Evaluation:
         if self._sharding is not None:
             batches = equally_many(self.accelerator, batches, self.model.preprocessing)
-        logits, labels = collect_logits(network, batches, self.device)
+        logits, labels = collect_logits(network, batches, self.device, engine=self.engine, before_batch=before_batch)
         logits = logits[: len(labels)]
         reshard(self.model.network)
         if self.accelerator.num_processes > 1:
