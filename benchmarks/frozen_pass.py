@@ -149,11 +149,11 @@ def setting(options: argparse.Namespace, photos: list[Picture], tuned: bool) -> 
     ).stdout.strip()
     decoded = f" {len(photos)} photos, {options.workers} worker processes." if photos else ""
     processor = f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
-    versions = {"torch": torch, "torchvision": torchvision, "ONNX Runtime": onnxruntime}
+    libraries = {"torch": torch, "torchvision": torchvision, "ONNX Runtime": onnxruntime}
+    versions = ", ".join(f"{name} {library.__version__}" for name, library in libraries.items())
     return (
         f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor}), {options.threads} threads, "
-        f"{', '.join(f'{name} {module.__version__}' for name, module in versions.items())}, commit {commit or 'unknown'}; "
-        f"medians of {options.rounds} rounds, smallest to largest in brackets; allocator "
+        f"{versions}, commit {commit or 'unknown'}; medians of {options.rounds} rounds, smallest to largest in brackets; allocator "
         f"{'tuned' if tuned else 'left alone'}.{decoded}"
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transferkit.backbones import build_network
 from transferkit.create import adapt, create_model
 from transferkit.exceptions import SplitError
+from transferkit.inference import fast_forward
 from transferkit.model import TransferModel
 from transferkit.randomness import seeded
 from transferkit.splitting import Split, split
@@ -90,8 +91,11 @@ def examine(family: str, name: str, rates: list[str], model: TransferModel, last
     kept = halves.prefix(images)
     failures = [] if halves.boundary == last else [f"cut behind {halves.boundary}"]
     with torch.no_grad():
-        model.eval()
-        failures += different(model(images), halves.suffix(kept), "logits in eval mode", 1e-4)
+        expected = model.eval()(images)
+        failures += different(expected, halves.suffix(kept), "logits in eval mode", 1e-4)
+        computed = fast_forward(halves.frozen_half, images)(images)
+        failures += different(expected, halves.suffix(computed), "logits behind the fast pass", 1e-3)
+        failures += different(expected, fast_forward(model.network, images)(images), "fast logits", 1e-3)
     model.train()
     logits, gradients = trained(model, halves, images)
     cached_logits, cached_gradients = trained(model, halves, kept)
