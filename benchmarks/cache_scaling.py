@@ -72,8 +72,8 @@ def child(folder: Path, budget: str) -> None:
     memory = Memory()
     tuner = Finetuner(
         "torchvision/resnet18", weights=None, policy=FreezeFirst(2), train_preset="none", image_size=SIDE,
-        epochs=EPOCHS, views=0 if budget == "none" else None, cache_budget=None if budget == "none" else budget, num_workers=0,
-        callbacks=[memory], progress=False, device="cpu",
+        epochs=EPOCHS, views=0 if budget == "none" else None, cache_budget=None if budget == "none" else budget,
+        num_workers=0, callbacks=[memory], progress=False, device="cpu",
     )  # fmt: skip
     data = image_folder(folder)
     started = time.perf_counter()

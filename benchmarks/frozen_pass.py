@@ -153,8 +153,8 @@ def setting(options: argparse.Namespace, photos: list[Picture], tuned: bool) -> 
     versions = ", ".join(f"{name} {library.__version__}" for name, library in libraries.items())
     return (
         f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor}), {options.threads} threads, "
-        f"{versions}, commit {commit or 'unknown'}; medians of {options.rounds} rounds, smallest to largest in brackets; allocator "
-        f"{'tuned' if tuned else 'left alone'}.{decoded}"
+        f"{versions}, commit {commit or 'unknown'}; medians of {options.rounds} rounds, lowest to highest in brackets; "
+        f"allocator {'tuned' if tuned else 'left alone'}.{decoded}"
     )
 
 

@@ -26,7 +26,9 @@ from transferkit.data import (
 )
 from transferkit.exceptions import DataError, PictureError, SettingError
 from transferkit.loading import in_channels
+from transferkit.prediction import predict
 from transferkit.preprocessing import Preprocessing
+from transferkit.randomness import seeded
 from transferkit.transforms import eval_transform, train_transform
 
 SMALL = Preprocessing(size=8, resize_size=8)
@@ -433,3 +435,28 @@ def test_impossible_loaders_are_refused():
         loader(pairs(0), EVAL, batch_size=0, train=True)
     with pytest.raises(DataError, match="there are no pictures to load"):
         loader([], EVAL, batch_size=1, train=True)
+
+
+def test_large_jpeg_files_are_decoded_no_larger_than_needed_and_look_the_same(tmp_path):
+    gradient = np.indices((1200, 1600)).sum(0)[..., None] // np.array([12, 14, 20])
+    Image.fromarray(gradient.clip(0, 255).astype(np.uint8)).save(tmp_path / "large.jpg", quality=95)
+    source = PictureFiles([Picture(str(tmp_path / "large.jpg"), 0)])
+    preprocessing = Preprocessing(size=64, resize_size=72)
+    for transform in (eval_transform("imagenet", preprocessing), train_transform("light", preprocessing)):
+        side = min(TransformedDataset(source, transform).source[0][0].size)
+        assert transform.least_side <= side < 1200
+    transform = eval_transform("imagenet", preprocessing)
+    smaller = TransformedDataset(source, transform)[0][0]
+    assert (smaller - transform(source[0][0])).abs().mean() < 0.01
+
+
+def test_prediction_reads_a_file_as_validation_does(tmp_path, tiny_model):
+    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    file = tmp_path / "large.jpg"
+    Image.fromarray(noise).save(file)
+    model = tiny_model().eval()
+    transform = eval_transform(model.eval_preset, model.preprocessing)
+    image = TransformedDataset(PictureFiles([Picture(str(file), 0)]), transform)[0][0]
+    with torch.no_grad():
+        expected = torch.softmax(model(image[None]).double(), 1)[0]
+    assert list(predict(model, file)[0].probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-7)

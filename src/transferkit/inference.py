@@ -106,7 +106,7 @@ def micro_batch(count: int, height: int, width: int, *, workers: int = 1) -> int
         width: Of a picture.
         workers: How many micro-batches run side by side.
 
-    Source: measured, ``benchmarks/frozen_pass.py``.
+    Source: measured with MobileNetV2 on two cores.
 
     Example:
         >>> micro_batch(32, 224, 224), micro_batch(32, 32, 32), micro_batch(4, 224, 224, workers=2)

@@ -50,7 +50,8 @@ def in_channels(source: LabelledPictures, channels: int) -> LabelledPictures:
 class TransformedDataset(Dataset[tuple[Tensor, int]]):
     """Pictures of a source as tensors, ready for a network.
 
-    A transform of :mod:`transferkit.transforms` knows the network's ``channels``, and the source is asked for them. For
+    A transform of :mod:`transferkit.transforms` knows the network's ``channels``, and how many pixels it needs at least
+    of a picture's shorter side, so that large JPEG files need not be decoded whole; the source is asked for both. For
     one of your own the source decides, RGB if nothing else: ``source.with_channels(4)`` gives RGBA.
 
     Args:
@@ -76,9 +77,11 @@ class TransformedDataset(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, source: LabelledPictures, transform: Transform, *, seed: int = 0, augmented: bool = True
     ) -> None:
-        """Ask the source for the transform's channels; nothing is read yet."""
-        channels = getattr(transform, "channels", None)
-        self.source = source if channels is None else in_channels(source, channels)
+        """Ask the source for the channels and pixels that the transform needs; nothing is read yet."""
+        channels, least_side = (getattr(transform, name, None) for name in ("channels", "least_side"))
+        self.source: Any = source if channels is None else in_channels(source, channels)
+        if least_side is not None and hasattr(self.source, "with_least_side"):
+            self.source = self.source.with_least_side(least_side)
         self.transform = transform
         self.seed = seed
         self.augmented = augmented

@@ -123,6 +123,7 @@ class _Unlabelled:
 
     images: Sequence[str | Image.Image | Tensor]
     channels: int = 3
+    least_side: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -130,7 +131,7 @@ class _Unlabelled:
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         image = self.images[index]
         if isinstance(image, str):
-            return read_picture(image, channels=self.channels), 0
+            return read_picture(image, channels=self.channels, at_least=self.least_side), 0
         return as_picture(image, channels=self.channels), 0
 
     def labels(self) -> list[int]:
@@ -142,3 +143,6 @@ class _Unlabelled:
 
     def with_channels(self, channels: int) -> Self:
         return replace(self, channels=channels)
+
+    def with_least_side(self, pixels: int) -> Self:
+        return replace(self, least_side=pixels)

@@ -46,7 +46,10 @@ def seed_generators(*parts: int) -> None:
         ...     assert torch.equal(first, torch.rand(2))
     """
     seed = derive_seed(*parts)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # it would note for each kind of device that may come yet who has called, which takes a millisecond
+        torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     random.seed(seed)
 

@@ -75,6 +75,8 @@ class PictureFiles:
     Args:
         pictures: The files and their labels.
         channels: What the network takes: 1, 3 or 4 (see :func:`transferkit.pictures.read_picture`).
+        least_side: Pixels that the shorter side must keep, so that large JPEG files can be decoded smaller; ``None``
+            for all there are.
 
     Raises:
         DataError: ``channels`` is none of these.
@@ -86,6 +88,7 @@ class PictureFiles:
 
     pictures: Sequence[Picture]
     channels: int = 3
+    least_side: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse at once what no file has."""
@@ -98,7 +101,7 @@ class PictureFiles:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Return picture ``index``, upright RGB or RGBA, and its label; an unreadable file raises ``PictureError``."""
         picture = self.pictures[index]
-        return read_picture(picture.path, channels=self.channels), picture.label
+        return read_picture(picture.path, channels=self.channels, at_least=self.least_side), picture.label
 
     def labels(self) -> list[int]:
         """Return every label in order; no file is opened."""
@@ -116,6 +119,10 @@ class PictureFiles:
     def with_channels(self, channels: int) -> Self:
         """Return the same files for a network that takes 1, 3 or 4 channels; another number raises ``DataError``."""
         return self if channels == self.channels else replace(self, channels=channels)
+
+    def with_least_side(self, pixels: int) -> Self:
+        """Return the same files for a transform that needs so many pixels of the shorter side."""
+        return replace(self, least_side=pixels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -405,7 +405,8 @@ class Trainer:
 
     def _optimizer_step(self, batches: Batches, count: int) -> None:
         if self.clip_grad_norm is None:
-            norm = nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+            held = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+            norm = nn.utils.get_total_norm([each.grad for each in held if each.grad is not None])
         else:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         if self.accelerator.scaler is not None:  # fp16 meets infinite gradients as a matter of course, and skips them

@@ -11,6 +11,7 @@ the first three, which count as RGB.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,11 +52,18 @@ CIFAR10_PREPROCESSING = Preprocessing(
 class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
     """A ``v2.Compose`` that prints its preset's name and one short line per step.
 
-    It knows its channels, and whether it draws random numbers.
+    It knows its channels, whether it draws random numbers, and the pixels that a picture's shorter side should have for
+    it: at least twice as many as are made of them, since a picture that was decoded smaller is a little blurred.
     """
 
     def __init__(
-        self, name: str, preprocessing: Preprocessing, steps: Sequence[nn.Module], *, random: bool = True
+        self,
+        name: str,
+        preprocessing: Preprocessing,
+        steps: Sequence[nn.Module],
+        *,
+        random: bool = True,
+        least_side: int,
     ) -> None:
         channels = preprocessing.channels
         to_channels = {1: [v2.Grayscale(1)], 3: []}.get(channels, [ToTensor(channels)])
@@ -71,6 +79,7 @@ class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
         self.name = name
         self.channels = channels
         self.random = random
+        self.least_side = least_side
 
     def __repr__(self) -> str:
         text = "\n".join([f"{self.name}(", *(f"  {step}" for step in self.transforms), ")"])
@@ -94,7 +103,8 @@ def imagenet_train(preprocessing: Preprocessing) -> v2.Compose:
         >>> imagenet_train(Preprocessing(size=24, resize_size=28))(Image.new("RGB", (40, 30))).shape
         torch.Size([3, 24, 24])
     """
-    return _Preset("imagenet_train", preprocessing, _random_crop_and_flip(preprocessing))
+    steps = _random_crop_and_flip(preprocessing)
+    return _Preset("imagenet_train", preprocessing, steps, least_side=_side_for_crops(preprocessing))
 
 
 def imagenet_eval(preprocessing: Preprocessing) -> v2.Compose:
@@ -118,7 +128,9 @@ def imagenet_eval(preprocessing: Preprocessing) -> v2.Compose:
           Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], inplace=False)
         )
     """
-    return _Preset("imagenet_eval", preprocessing, _resize(preprocessing), random=False)
+    return _Preset(
+        "imagenet_eval", preprocessing, _resize(preprocessing), random=False, least_side=2 * preprocessing.resize_size
+    )
 
 
 def cifar_train(preprocessing: Preprocessing, *, jitter: float = 0.0, rotation: float = 0.0) -> v2.Compose:
@@ -157,7 +169,7 @@ def cifar_train(preprocessing: Preprocessing, *, jitter: float = 0.0, rotation: 
         *([v2.RandomRotation(rotation, interpolation=InterpolationMode.BILINEAR)] if rotation else []),
         *_from_32_pixels(preprocessing),
     ]
-    return _Preset("cifar_train", preprocessing, steps)
+    return _Preset("cifar_train", preprocessing, steps, least_side=2 * 32)
 
 
 def cifar_eval(preprocessing: Preprocessing) -> v2.Compose:
@@ -179,7 +191,7 @@ def cifar_eval(preprocessing: Preprocessing) -> v2.Compose:
         torch.Size([3, 64, 64])
     """
     steps = [*_to_32_pixels(preprocessing), *_from_32_pixels(preprocessing)]
-    return _Preset("cifar_eval", preprocessing, steps, random=False)
+    return _Preset("cifar_eval", preprocessing, steps, random=False, least_side=2 * 32)
 
 
 def light(preprocessing: Preprocessing) -> v2.Compose:
@@ -198,7 +210,8 @@ def light(preprocessing: Preprocessing) -> v2.Compose:
         >>> light(Preprocessing(size=24, resize_size=28))(Image.new("RGB", (40, 30))).shape
         torch.Size([3, 24, 24])
     """
-    return _Preset("light", preprocessing, _random_crop_and_flip(preprocessing, smallest=0.5))
+    steps = _random_crop_and_flip(preprocessing, smallest=0.5)
+    return _Preset("light", preprocessing, steps, least_side=_side_for_crops(preprocessing, smallest=0.5))
 
 
 def trivial_augment(preprocessing: Preprocessing) -> v2.Compose:
@@ -224,7 +237,8 @@ def trivial_augment(preprocessing: Preprocessing) -> v2.Compose:
     kind = v2.TrivialAugmentWide if preprocessing.channels in (1, 3) else TrivialAugment
     # Tensors cannot be turned or sheared bicubically.
     change = kind(interpolation=InterpolationMode.BILINEAR)
-    return _Preset("trivial_augment", preprocessing, [*_random_crop_and_flip(preprocessing), change])
+    steps = [*_random_crop_and_flip(preprocessing), change]
+    return _Preset("trivial_augment", preprocessing, steps, least_side=_side_for_crops(preprocessing))
 
 
 def none(preprocessing: Preprocessing) -> v2.Compose:
@@ -355,6 +369,11 @@ def _random_crop_and_flip(preprocessing: Preprocessing, *, smallest: float = 0.0
     interpolation = InterpolationMode(preprocessing.interpolation)
     crop = v2.RandomResizedCrop(preprocessing.size, scale=(smallest, 1.0), interpolation=interpolation, antialias=True)
     return [crop, v2.RandomHorizontalFlip()]
+
+
+def _side_for_crops(preprocessing: Preprocessing, *, smallest: float = 0.08) -> int:
+    """Return twice the side that makes the smallest and narrowest crop (3:4) as large as the network's input."""
+    return math.ceil(2 * preprocessing.size / math.sqrt(smallest * 3 / 4))
 
 
 def _on_colours(change: nn.Module, preprocessing: Preprocessing) -> nn.Module:
