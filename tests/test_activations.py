@@ -162,6 +162,13 @@ def test_the_model_comes_back_whole_and_in_its_mode(data: PictureData, tiny_mode
     ).loss == pytest.approx(trainer.history.records[-1].val_loss, rel=1e-5)
 
 
+def test_one_cache_serves_one_model_after_the_other(data: PictureData) -> None:
+    cache = ActivationCache()
+    first, second = (fitted(dropping(seed=seed), data.train, data.val, cache=cache).model for seed in (1, 2))
+    assert furthest(first, fitted(dropping(seed=1), data.train, data.val, cache=None).model) < 1e-5
+    assert furthest(second, fitted(dropping(seed=2), data.train, data.val, cache=None).model) < 1e-5
+
+
 # Once
 
 

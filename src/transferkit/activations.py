@@ -214,7 +214,7 @@ class ActivationCache:
         self.views, self.budget = views, check_budget(budget)
         self.directory = None if directory is None else Path(directory)
         self.dtype = dtype
-        self._splits: dict[frozenset[str], Split | SplitError] = {}
+        self._splits: dict[tuple[TransferModel, frozenset[str]], Split | SplitError] = {}
         self._open: list[KeptBatches] = []
 
     def choose(
@@ -339,12 +339,13 @@ class ActivationCache:
         self._open = []
 
     def _split(self, model: TransferModel) -> Split | SplitError:
-        if model.frozen not in self._splits:
+        key = model, model.frozen
+        if key not in self._splits:
             try:
-                self._splits[model.frozen] = split(model)
+                self._splits[key] = split(model)
             except SplitError as error:
-                self._splits[model.frozen] = error
-        return self._splits[model.frozen]
+                self._splits[key] = error
+        return self._splits[key]
 
     def _kept_bytes(self, halves: Split) -> int:
         dtype = DTYPES[self.dtype]
