@@ -28,7 +28,6 @@ from transferkit.exceptions import DataError, PictureError, SettingError
 from transferkit.loading import in_channels
 from transferkit.prediction import predict
 from transferkit.preprocessing import Preprocessing
-from transferkit.randomness import seeded
 from transferkit.transforms import eval_transform, train_transform
 
 SMALL = Preprocessing(size=8, resize_size=8)

@@ -80,7 +80,7 @@ def differ(first, second):
 def by_hand(model, train, *, epochs=2, lr=0.05, loss=F.cross_entropy, mix=None, seed=0):
     """The textbook loop, with the trainer's order of memory, since another one rounds differently."""
     model.network.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.network.parameters(), lr, momentum=0.9, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(model.network.parameters(), lr, momentum=0.9, nesterov=True)
     model.network.train()
     for epoch in range(epochs):
         for index, (images, labels) in enumerate(train):

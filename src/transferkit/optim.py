@@ -29,7 +29,7 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 _OPTIMIZERS: Mapping[str, tuple[OptimizerFactory, Mapping[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),  # torch has no fused one for sharded networks
 }
 
 
