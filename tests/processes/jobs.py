@@ -121,7 +121,8 @@ class Change(Callback):
     def on_train_epoch_start(self, trainer):
         if trainer.epoch == 1 and trainer.accelerator.process_index == 1:
             with torch.no_grad():
-                next(trainer.model.parameters()).flatten()[0].add_(1e-6)
+                weight = next(trainer.model.parameters())
+                weight[(0,) * weight.ndim].add_(1e-6)
 
 
 class Stop(Callback):
