@@ -138,6 +138,7 @@ def test_head_only_compares_both_ways_of_ours_with_every_peer_that_is_installed(
 
 
 @pytest.mark.long
+@pytest.mark.by_hand
 @pytest.mark.timeout(1200)
 def test_partly_frozen_has_a_table_per_network_and_policy() -> None:
     text = benchmark("partly_frozen.py", "--quick")
@@ -150,6 +151,7 @@ def test_partly_frozen_has_a_table_per_network_and_policy() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.by_hand
 @pytest.mark.timeout(1200)
 def test_full_finetuning_compares_with_the_loop_tuned_by_hand_too() -> None:
     text = benchmark("full_finetuning.py", "--quick", "--peers", "tutorial")
@@ -163,6 +165,7 @@ def test_full_finetuning_compares_with_the_loop_tuned_by_hand_too() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.by_hand
 def test_a_peer_that_cannot_be_imported_keeps_a_row_that_says_so(tmp_path: Path) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'no fastai here' >&2\nexit 1\n")

@@ -529,7 +529,7 @@ def test_a_runtime_computes_in_single_precision_alone(engine: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES[1:])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [True, pytest.param(False, marks=pytest.mark.by_hand)])
 def test_other_engines_give_the_same(engine: str, half: bool) -> None:
     for package in () if engine == "compile" else ("onnx", "onnxscript", engine):
         pytest.importorskip(package)
