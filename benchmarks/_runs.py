@@ -27,9 +27,11 @@ __all__ = [
     "Case",
     "Contestant",
     "Outcomes",
+    "commit",
     "limit",
     "ours",
     "peers",
+    "processor",
     "publish",
     "read_options",
     "run_case",
@@ -281,7 +283,7 @@ def _setting(cases: list[Case], options: argparse.Namespace, place: Path) -> str
     settings = ("epochs", "batch_size", "image_size", "threads", "workers", "seeds")
     chosen = "; ".join(f"{name.replace('_', ' ')} {str(getattr(options, name)).strip('[]')}" for name in settings)
     command = shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    return f"""{datetime.date.today()}, {os.cpu_count()} CPU cores ({_processor()}), commit {_commit()};
+    return f"""{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()}), commit {commit()};
 Python {platform.python_version()}, {"; fastai's interpreter: ".join(versions)}.
 `python {command}`
 
@@ -299,7 +301,7 @@ def _versions(python: str) -> str:
     return ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name the processor, and the instructions that torch uses."""
     answer = _probe(sys.executable, "torchvision")
     instructions = answer["cpu"] if isinstance(answer, dict) else "torch cannot be imported"
@@ -309,7 +311,8 @@ def _processor() -> str:
     return f"{(names or [platform.machine()])[0]}, {instructions}"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Name the commit that is checked out, and say whether anything was changed since."""
     asked = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     found = subprocess.run(asked, cwd=HERE, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"

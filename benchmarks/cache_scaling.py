@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from _report import markdown_table
+from _runs import commit, processor
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
 COUNTS = (500, 2000, 8000)
 SIDE, EPOCHS = 64, 3
 
@@ -121,12 +121,10 @@ def main() -> None:
                     ]
                 )
     head = ["pictures", "cache", "budget", "first epoch, s", "later epoch, s", "later, ms per picture", "peak memory"]
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     report = f"""# The activation cache as pictures become more
 
-{datetime.date.today()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, commit {commit}.
+{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()}), Python {platform.python_version()},
+commit {commit()}.
 `python benchmarks/cache_scaling.py`
 
 Made pictures of {SIDE} px, ResNet-18 with random weights, stem and first stage frozen, {EPOCHS} epochs, in one process

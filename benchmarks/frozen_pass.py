@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +25,7 @@ import onnxruntime
 import torch
 import torchvision
 from _report import markdown_table, median_range
+from _runs import commit, processor
 from torch import Tensor, nn
 
 from transferkit.allocator import tune_allocator
@@ -140,20 +139,12 @@ def compare(name: str, options: argparse.Namespace, photos: list[Picture]) -> tu
 
 
 def setting(options: argparse.Namespace, photos: list[Picture], tuned: bool) -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    asked = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(
-        asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
     decoded = f" {len(photos)} photos, {options.workers} worker processes." if photos else ""
-    processor = f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
     libraries = {"torch": torch, "torchvision": torchvision, "ONNX Runtime": onnxruntime}
     versions = ", ".join(f"{name} {library.__version__}" for name, library in libraries.items())
     return (
-        f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor}), {options.threads} threads, "
-        f"{versions}, commit {commit or 'unknown'}; medians of {options.rounds} rounds, lowest to highest in brackets; "
+        f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()}), {options.threads} threads, "
+        f"{versions}, commit {commit()}; medians of {options.rounds} rounds, lowest to highest in brackets; "
         f"allocator {'tuned' if tuned else 'left alone'}.{decoded}"
     )
 

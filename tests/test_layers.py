@@ -56,6 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "identity",
         "activation_store",
         "activations",
+        "frozen_pass",
         "inference",
         "folding",
         "allocator",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "backbones": ["list_models", "model_info"],
     "activations": ["ActivationCache"],
+    "backbones": ["list_models", "model_info"],
     "callbacks": [
         "EMA",
         "BestCheckpoint",

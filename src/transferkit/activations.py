@@ -7,19 +7,13 @@ network.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transferkit.activation_store import ActivationStore
 from transferkit.batches import Inputs
 from transferkit.devices import processes_per_machine
-from transferkit.evaluation import is_worth_preparing
+from transferkit.distribution import everywhere
 from transferkit.exceptions import SettingError, SplitError
 from transferkit.freezing import FreezePolicy
-from transferkit.identity import contents_of
-from transferkit.inference import fast_forward
+from transferkit.frozen_pass import FrozenPass
 from transferkit.loading import Batches
 from transferkit.model import TrainingOutput, TransferModel, as_output
 from transferkit.splitting import Split, Suffix, split
-from transferkit.transforms import is_preset
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -315,18 +307,28 @@ class ActivationCache:
         """
         self.close()
         choice = self.choose(model, train_batches, val_batches, epochs=epochs, obstacle=obstacle)
-        if accelerator.num_processes > 1:  # one that has no room would leave the others waiting
-            from accelerate.utils import gather_object
-
-            if not all(gather_object([choice.split is not None])) and choice.split is not None:
-                choice = Choice(reason="another process cannot keep them")
+        # one that has no room would leave the others waiting
+        if not everywhere(accelerator, choice.split is not None) and choice.split is not None:
+            choice = Choice(reason="another process cannot keep them")
         if choice.split is None:
             if self.views != 0 and model.stage_names[0] in model.frozen:
                 logger.info("activations are %s", choice)
             return Phase(model, model.network, train_batches, val_batches)
         for half in (choice.split.frozen_half, choice.split.suffix):
             half.to(accelerator.device)  # they may have been made elsewhere, and hold tensors that are not the model's
-        frozen_pass = _FrozenPass(self, model, choice, accelerator, val_batches, each_batch, engine)
+        frozen_pass = FrozenPass(
+            choice.split,
+            model,
+            accelerator,
+            plain=val_batches.pictures.transform,
+            passes=choice.passes,
+            in_memory=choice.in_memory,
+            folder=self._folder(),
+            stays=self.directory is not None,
+            dtype=DTYPES[self.dtype],
+            engine=engine,
+            each_batch=each_batch,
+        )
         train = KeptBatches(train_batches, choice.views, partial(frozen_pass.store, train_batches, training=True))
         val = KeptBatches(val_batches, 1, partial(frozen_pass.store, val_batches, training=False))
         self._open = [train, val]
@@ -356,125 +358,6 @@ class ActivationCache:
 
     def _folder(self) -> Path:
         return Path(tempfile.gettempdir()) if self.directory is None else self.directory
-
-
-class _FrozenPass:
-    """Runs the frozen half over all pictures, once per view."""
-
-    def __init__(
-        self,
-        cache: ActivationCache,
-        model: TransferModel,
-        choice: Choice,
-        accelerator: Accelerator,
-        val_batches: Batches,
-        each_batch: Callable[[int, int], object],
-        engine: str,
-    ) -> None:
-        assert choice.split is not None
-        self.cache, self.model, self.choice, self.accelerator = cache, model, choice, accelerator
-        self.split, self.each_batch = choice.split, each_batch
-        self.plain, self.engine = val_batches.pictures.transform, engine
-        self.forward: Callable[[Tensor], Any] | None = None
-        self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def store(self, batches: Batches, view: int, *, training: bool) -> ActivationStore:
-        """Return the activations of a view of all pictures: those of an earlier run, or new ones."""
-        self.precision = self.accelerator.autocast if training else nullcontext  # a model is measured as it predicts
-        if batches.augmented:
-            ordered = batches.ordered(epoch=view) if view else batches.ordered(transform=self.plain)
-        else:
-            ordered = batches.ordered()
-        facts = self._facts(ordered) if self.cache.directory is not None else None
-        kept = None if facts is None else self.cache._folder() / _name(facts)
-        if kept is not None and facts is not None:
-            found = ActivationStore.open(kept, facts=facts, rows=len(ordered.pictures), in_memory=self.choice.in_memory)
-            if self._everywhere(found is not None) and found is not None:
-                logger.info("activations of %d pictures are those of an earlier run, %s", len(ordered.pictures), kept)
-                return found
-        store = self._computed(ordered, in_files=kept is not None or not self.choice.in_memory)
-        if kept is not None and facts is not None:
-            store.keep(kept, facts=facts)
-        return store
-
-    def _computed(self, ordered: Batches, *, in_files: bool) -> ActivationStore:
-        count, world = len(ordered.pictures), ordered.order.world_size
-        folder = self.cache._folder() / f"transferkit-{secrets.token_hex(8)}.partial" if in_files else None
-        store: ActivationStore | None = None
-        batches = iter(ordered)
-        keys = ordered.batch_keys()
-        rounds = math.ceil(math.ceil(count / world) / (ordered.batch_size or count))
-        try:
-            for done in range(1, rounds + 1):
-                batch = next(batches, None)
-                rows = [] if batch is None else [index for _, index, _ in next(keys)]
-                for some_rows, tensors in self._shared(rows, batch):
-                    if store is None:
-                        dtype = DTYPES[self.cache.dtype]
-                        store = ActivationStore.create(count, tensors, dtype=dtype, folder=folder)
-                    store.write(torch.tensor(some_rows), tensors)
-                self.each_batch(done, rounds)
-        except BaseException:
-            if store is not None:
-                store.close()
-            raise
-        assert store is not None
-        return store
-
-    def _shared(self, rows: list[int], batch: tuple[Tensor, Tensor] | None) -> list[tuple[list[int], list[Tensor]]]:
-        """Compute a batch; returns its rows and those of the other processes."""
-        mine: list[tuple[list[int], list[Tensor]]] = []
-        if batch is not None:
-            images, labels = batch
-            images = images.to(self.accelerator.device, non_blocking=True)
-            if self.forward is None:  # every view of this phase goes through the same weights
-                prepared = is_worth_preparing(range(self.choice.passes), images[:1])
-                frozen = self.split.frozen_half
-                self.forward = fast_forward(frozen, images, engine=self.engine) if prepared else self.split.prefix
-            with self.precision():
-                activations = self.forward(images)
-            mine = [(rows, [*(each.cpu() for each in activations), labels])]
-        if self.accelerator.num_processes == 1:
-            return mine
-        from accelerate.utils import gather_object
-
-        return list(gather_object(mine))
-
-    def _everywhere(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        from accelerate.utils import gather_object
-
-        return bool(all(gather_object([flag])))
-
-    def _facts(self, ordered: Batches) -> dict[str, Any] | None:
-        """Say what the activations are a function of, or ``None`` where that is not known."""
-        pictures = ordered.pictures
-        contents = contents_of(pictures.source)
-        if contents is None or not is_preset(pictures.transform):
-            logger.info("activations are not kept for later runs: only those of files under a named transform are")
-            return None
-        weights = hashlib.sha256()
-        for stage in self.model.stages:
-            if stage.name in self.split.stages:
-                for tensor in (*stage.parameters, *stage.buffers):
-                    weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return {
-            **{name: version(name) for name in ("transferkit", "torch", "torchvision", "timm", "pillow")},
-            "network": self.model.name,
-            "architecture": hashlib.sha256(str(self.model.network).encode()).hexdigest(),
-            "weights": weights.hexdigest(),
-            "stages": list(self.split.stages),
-            "shapes": [list(shape) for shape in self.split.shapes],
-            "pictures": contents,
-            "picture shape": list(self.split.image_shape),
-            "transform": repr(pictures.transform),
-            "augmentation": [pictures.seed, ordered.order.epoch] if pictures.augmented else None,
-            "device": self.accelerator.device.type,
-            "precision": "fp32" if self.precision is nullcontext else str(self.accelerator.mixed_precision),
-            "kept as": self.cache.dtype,
-            "engine": self.engine,
-        }
 
 
 def check_budget(budget: int | str | None) -> int | None:
@@ -513,7 +396,3 @@ def _free_memory() -> int:
 
 def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-
-
-def _name(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -33,6 +33,7 @@ __all__ = [
     "check_replicas",
     "check_same_everywhere",
     "equally_many",
+    "everywhere",
     "load_network_state",
     "load_optimizer_state",
     "network_state",
@@ -60,6 +61,15 @@ def share_object(accelerator: Accelerator, value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def everywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Say whether a flag is set in all processes; every process must ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    from accelerate.utils import gather_object
+
+    return bool(all(gather_object([flag])))
 
 
 def check_same_everywhere(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
