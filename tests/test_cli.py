@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,23 @@ def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path: Path):
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("transferkit: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_leaving_at_once_still_says_everything_and_runs_what_was_registered_for_the_end():
+    code = (
+        "import atexit, sys; from transferkit.cli import main; atexit.register(print, 'last words');"
+        "sys.argv = ['transferkit', '--version']; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines() == [cli.__version__, "last words"]
+    assert result.stderr == ""
+
+
+def test_a_reader_that_stops_early_sees_no_traceback():
+    command = f"{shlex.quote(sys.executable)} -m transferkit models --json | head -c 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "{"
     assert "Traceback" not in result.stderr
 
 

@@ -243,7 +243,7 @@ def plot_lr_finding(
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
-    """Write a figure at 144 dots per inch, cut to what is drawn; missing parent folders are made.
+    """Write a figure at 144 dots per inch; missing parent folders are made.
 
     Args:
         figure: Any matplotlib figure.
@@ -269,7 +269,7 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
         raise SettingError(f"cannot write a figure to {path.name!r}; its extension can be {', '.join(_FORMATS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format=path.suffix[1:].lower(), dpi=144, bbox_inches="tight")
+        figure.savefig(path, format=path.suffix[1:].lower(), dpi=144)
     except OSError as error:
         raise OutputError(f"cannot write the figure {path}: {error}") from error
     return path
