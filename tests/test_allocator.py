@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -43,6 +45,21 @@ def test_memory_is_kept_once_it_is_told_so() -> None:
     assert faults("tuned") < 0.5 * pages
 
 
+@pytest.fixture(autouse=True)
+def own_collector() -> Iterator[None]:
+    """Leave Python's collector to the other tests as it was."""
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
+
+
+def test_the_collector_looks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: NoGlibc())
+    tune_allocator()
+    assert gc.get_threshold()[0] == 50_000
+    assert gc.isenabled()
+
+
 class NoGlibc:
     """A C library that lacks what a name of glibc's would find."""
 
@@ -62,13 +79,13 @@ class OldGlibc:
         return 1
 
 
-def test_without_glibc_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_glibc_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: NoGlibc())
     assert tune_allocator() is False
 
 
 @pytest.mark.parametrize("error", [TypeError, OSError])
-def test_without_a_c_library_to_open_nothing_is_done(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+def test_without_a_c_library_to_open_it_says_so(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def refuse(name: object) -> None:
         raise error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 __all__ = ["tune_allocator"]
 
@@ -10,6 +11,9 @@ __all__ = ["tune_allocator"]
 # older versions take no threshold for mmap above 32 MiB.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _OPTIONS = {_TRIM_THRESHOLD: (2**31 - 1,), _TOP_PAD: (2**27,), _MMAP_THRESHOLD: (2**30, 2**25)}
+
+# Torch and what it needs hold a million objects; with Python's own 700, all of them are looked at every few batches.
+_OBJECTS = 50_000
 
 
 def tune_allocator() -> bool:
@@ -20,15 +24,18 @@ def tune_allocator() -> bool:
     step of MobileNetV2 takes two thirds to a half of the time. The price is memory: the process keeps what it needed
     at its busiest until it ends, 4.0 GB after that step on 32 pictures of 224 pixels, where 1.7 GB would be left.
 
+    Python's garbage collector looks for cycles after 50,000 new objects from then on, no longer after 700: importing
+    torch and timm takes a quarter less time, a frozen pass of MobileNetV2 a tenth.
+
     The ``transferkit`` command calls it when it starts; importing transferkit does not. It is the same as the
     environment variables ``MALLOC_MMAP_THRESHOLD_=1073741824``, ``MALLOC_TRIM_THRESHOLD_=2147483647`` and
     ``MALLOC_TOP_PAD_=134217728``, which concern processes that are yet to start.
 
     Returns:
-        Whether it was done; ``False`` without glibc, as on macOS, Windows and Alpine Linux, and nothing has changed
-        then. GPUs have torch's own allocator, which keeps memory anyway.
+        Whether the C library was told; ``False`` without glibc, as on macOS, Windows and Alpine Linux. GPUs have
+        torch's own allocator, which keeps memory anyway.
 
-    Source: ``mallopt(3)``.
+    Source: ``mallopt(3)``, :func:`gc.set_threshold`.
 
     Example:
         >>> import subprocess, sys
@@ -36,6 +43,7 @@ def tune_allocator() -> bool:
         >>> subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
         'True\\n'
     """
+    gc.set_threshold(_OBJECTS)
     try:
         library = ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows opens no library without a name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import logging
 import os
@@ -50,8 +49,6 @@ Run = Annotated[Path, typer.Argument(help="Output folder of a run, or any saved 
 def main() -> None:
     """Run the command line; a mistake of the user's ends with one sentence and exit code 2."""
     tune_allocator()
-    # The collector would look at all of torch's modules a dozen times while they are imported, a second in all.
-    gc.set_threshold(50_000)
     try:
         app()
     except TransferkitError as error:
