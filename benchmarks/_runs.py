@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -35,6 +35,7 @@ __all__ = [
     "publish",
     "read_options",
     "run_case",
+    "setting",
     "workplace",
 ]
 
@@ -49,6 +50,10 @@ PEERS = {
     "lightning": ("Lightning", "lightning_finetuning.py", "lightning.pytorch"),
     "hf": ("HF Trainer", "hf_trainer.py", "transformers.trainer"),
 }
+TURNS = """\
+Everyone takes turns, one process per run and seed. Seconds: median (smallest–largest) of the whole process, imports
+included, and of its own training and validation. Ratios: medians over the seeds, above 1 where it takes longer than
+ours. Accuracy: best epoch, mean ± standard deviation."""
 PROBE = """
 import importlib, importlib.metadata, json, sys, torch
 importlib.import_module(sys.argv[1])
@@ -260,7 +265,7 @@ def publish(title: str, cases: list[Case], options: argparse.Namespace, write: C
         write: Makes a case's part of the report.
     """
     with workplace(options) as place:
-        sections, failed = [f"# {title}", _setting(cases, options, place)], False
+        sections, failed = [f"# {title}", setting(options, place, cases), TURNS], False
         for case in cases:
             if options.only not in case.title:
                 continue
@@ -274,8 +279,14 @@ def publish(title: str, cases: list[Case], options: argparse.Namespace, write: C
     sys.exit(int(failed))
 
 
-def _setting(cases: list[Case], options: argparse.Namespace, place: Path) -> str:
-    """Say when, where and with what."""
+def setting(options: argparse.Namespace, place: Path, cases: Sequence[Case] = ()) -> str:
+    """Say when, where and with what.
+
+    Args:
+        options: As :func:`read_options` gave them.
+        place: From :func:`workplace`.
+        cases: Whose interpreters are named beside this one.
+    """
     interpreters = {each.python for case in cases for each in case.contestants if each.missing is None}
     versions = [_versions(python) for python in (sys.executable, *(interpreters - {sys.executable}))]
     train, val = (sum(each.is_file() for each in (place / "pictures" / part).rglob("*")) for part in ("train", "val"))
@@ -287,11 +298,7 @@ def _setting(cases: list[Case], options: argparse.Namespace, place: Path) -> str
 Python {platform.python_version()}, {"; fastai's interpreter: ".join(versions)}.
 `python {command}`
 
-{what}: {train} training, {val} validation pictures, one is {100 / val:.2f} points; {chosen}.
-
-Everyone takes turns, one process per run and seed. Seconds: median (smallest–largest) of the whole process, imports
-included, and of its own training and validation. Ratios: medians over the seeds, above 1 where it takes longer than
-ours. Accuracy: best epoch, mean ± standard deviation."""
+{what}: {train} training, {val} validation pictures, one is {100 / val:.2f} points; {chosen}."""
 
 
 def _versions(python: str) -> str:

@@ -165,6 +165,15 @@ def test_full_finetuning_compares_with_the_loop_tuned_by_hand_too() -> None:
 
 
 @pytest.mark.long
+def test_the_time_of_a_run_is_split_into_kinds_of_work_that_add_up() -> None:
+    text = benchmark("where_time_goes.py", "--quick", "--only", "head only")
+    seconds = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in text.splitlines()[-11:] if "." in line}
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["all"], abs=0.06)
+    for work in ("imports", "reading pictures", "frozen pass", "training steps", "validation", "writing", "drawing"):
+        assert seconds[work] > 0, text
+
+
+@pytest.mark.long
 @pytest.mark.by_hand
 def test_a_peer_that_cannot_be_imported_keeps_a_row_that_says_so(tmp_path: Path) -> None:
     broken = tmp_path / "python"
