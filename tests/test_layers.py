@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "sources",
         "data",
         "loading",
+        "resident",
         "callbacks._base",
         "devices",
         "batches",

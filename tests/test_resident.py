@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from transferkit.callbacks import Callback
 from transferkit.create import create_model
 from transferkit.exceptions import PictureError, SettingError
+from transferkit.finetuner import Finetuner
 from transferkit.freezing import LinearProbe
 from transferkit.loading import Batches, loader
 from transferkit.optim import build_optimizer, param_groups
@@ -249,13 +251,13 @@ def test_a_crop_from_the_square_copy_is_the_crop_from_the_picture(interpolation:
         difference = (found.int() - v2.functional.pil_to_tensor(wanted).int()).abs()
         # The nearest pixel of a copy's nearest pixels is up to a pixel away.
         assert difference.max() <= (16 if interpolation == "nearest" else 4)
-        assert difference.float().mean() < (3 if interpolation == "nearest" else 0.8)
+        assert difference.float().mean() < (5 if interpolation == "nearest" else 0.8)
 
 
 def test_a_copy_that_is_shrunk_by_two_does_not_alias() -> None:
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[..., ::2] = 255
-    whole = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    whole = torch.tensor([[[1.0, 0], [1, 0]]])
     cut = _cut(stripes, whole, 32, "bilinear").float()
     assert cut[..., 1:-1].std() < 1
     assert cut.mean().item() == pytest.approx(127.5, abs=3)
@@ -429,17 +431,75 @@ def test_a_trainer_trains_on_them_as_on_the_loaders(make: Callable[[Preprocessin
         assert losses[0] == pytest.approx(losses[1], rel=0.3)
 
 
+def tuner(resident: bool | None, **options: Any) -> Finetuner:
+    given: dict[str, Any] = {"policy": "full", "epochs": 2, "batch_size": 4, "image_size": 32, "progress": False}
+    return Finetuner("timm/test_efficientnet", weights=None, resident=resident, device="cpu", **given, **options)
+
+
+def test_a_finetuner_trains_on_resident_pictures_where_it_is_told_to(
+    picture_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="transferkit"):
+        told = tuner(True, train_preset="none")
+        resident = told.fit(picture_folder)
+        said = [record.message for record in caplog.records if "stay on cpu" in record.message]
+        assert [line.split()[0] for line in said] == ["training", "validation"]
+        assert all(line.endswith("kB") for line in said)
+        caplog.clear()
+        left = tuner(None, train_preset="none").fit(picture_folder)
+        assert "stay on" not in caplog.text
+    assert resident["train_loss"] == left["train_loss"]
+    assert resident["val_loss"] == left["val_loss"]
+    assert told.evaluate(picture_folder / "val")["accuracy"] == resident.best().val_accuracy
+
+
+def test_a_resident_run_that_is_interrupted_goes_on_to_the_same_weights(picture_folder: Path, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer) -> None:
+            if trainer.step == 3:
+                raise KeyboardInterrupt
+
+    whole, broken = tuner(True), {"output_dir": tmp_path, "checkpoint_every": 1, "checkpoint_interval": 0}
+    whole.fit(picture_folder)
+    with pytest.raises(KeyboardInterrupt):
+        tuner(True, callbacks=[Stop()], **broken).fit(picture_folder)
+    resumed = tuner(True, **broken)
+    resumed.fit(picture_folder, resume="auto")
+    assert whole.model is not None
+    assert resumed.model is not None
+    assert resumed.history["train_loss"] == whole.history["train_loss"]
+    assert same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+
+
+def test_what_cannot_be_resident_is_refused_where_it_was_asked_for(picture_folder: Path) -> None:
+    with pytest.raises(SettingError, match=r"cannot be kept on a device; .* without jitter, rotation or trivial_augm"):
+        tuner(True, train_preset="trivial_augment").fit(picture_folder)
+
+
+def test_crops_that_would_lose_detail_are_left_to_the_loader_unless_they_are_asked_for() -> None:
+    sharp = [can_be_resident(batches_of(pictures(), make(SMALL)), sharp=True) for make in (light, imagenet_train)]
+    assert sharp == [True, False]
+
+
 # The benchmark
+
+
+def gpu_step(*options: str) -> str:
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *options]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=hidden)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
 
 
 @pytest.mark.long
 def test_the_benchmark_says_that_there_is_no_gpu() -> None:
-    found = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("no GPU: ")
+    assert gpu_step().startswith("no GPU: ")
+
+
+@pytest.mark.long
+def test_the_benchmark_runs_to_its_table() -> None:
+    said = gpu_step("--quick")
+    for run in ("bare step", "kept on the device", "loader", "tutorial"):
+        assert said.count(f"| {run}") == 2
+    assert said.count("asked at least 0.85 of the bare step, came to ") == 2

@@ -160,6 +160,10 @@ def finetune(
     ] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep what frozen stages gave here for later runs.")] = None,
     engine: Engine = "eager",
+    resident: Annotated[
+        bool | None,
+        typer.Option("--resident/--no-resident", help="Keep decoded pictures on the device; on a GPU if they fit."),
+    ] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Spread the network over the processes (FSDP2).")] = False,
     workers: Workers = None,
     as_json: Json = False,
@@ -203,6 +207,7 @@ def finetune(
         cache_budget=cache_budget,
         cache_dir=cache_dir,
         engine=engine,
+        resident=resident,
         shard=shard,
         num_workers=workers,
         progress=is_main_process(),

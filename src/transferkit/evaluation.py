@@ -70,7 +70,7 @@ def collect_logits(
             if len(logits) == 1 and isinstance(inputs, Tensor) and is_worth_preparing(batches, inputs):
                 forward = fast_forward(model, inputs, engine=engine)
             logits.append(forward(inputs).float().cpu())
-            labels.append(targets)
+            labels.append(targets.cpu())
     return torch.cat(logits[1:] or logits), torch.cat(labels)
 
 

@@ -128,6 +128,8 @@ class Finetuner:
         cache_dir: Folder where they stay for later runs; ``None`` for none.
         engine: What computes where nothing is trained: ``"eager"``, ``"compile"``, ``"onnxruntime"`` or ``"openvino"``.
         cache_dtype: ``"auto"`` keeps them as computed; ``"fp16"`` or ``"bf16"`` halves them, with a small loss.
+        resident: Whether decoded pictures stay on the device and are augmented there (:class:`ResidentBatches`);
+            ``None`` for yes on a CUDA device where a quarter of its free memory is enough.
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         shard: Whether the network is spread over the processes instead of repeated in each (FSDP2).
@@ -193,6 +195,7 @@ class Finetuner:
     cache_dir: str | os.PathLike[str] | None = None
     cache_dtype: str = "auto"
     engine: str = "eager"
+    resident: bool | None = None
     device: str | None = None
     precision: str = "auto"
     shard: bool = False
@@ -343,6 +346,7 @@ class Finetuner:
             "channels": self.model.preprocessing.channels,
             "rank": trainer.accelerator.process_index,
             "world_size": trainer.accelerator.num_processes,
+            "device": trainer.device,
         }
         preprocessing = self.model.preprocessing
         train = make_loader(

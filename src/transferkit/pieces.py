@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from rich.filesize import decimal
+from torch import nn
 
 from transferkit.activations import ActivationCache
 from transferkit.callbacks import (
@@ -31,9 +32,10 @@ from transferkit.data import from_datasets, image_folder
 from transferkit.devices import is_main_process, processes_per_machine
 from transferkit.exceptions import DataError, SettingError
 from transferkit.identity import run_identity
-from transferkit.loading import in_channels, loader
+from transferkit.loading import Batches, in_channels, loader
 from transferkit.model import TransferModel
 from transferkit.optim import build_optimizer, param_groups
+from transferkit.resident import ResidentBatches, can_be_resident, resident_bytes
 from transferkit.run_folder import RunFolder
 from transferkit.sources import LabelledPictures, PictureData
 from transferkit.transforms import Transform
@@ -55,6 +57,8 @@ __all__ = [
     "run_folder",
     "workers_for",
 ]
+
+logger = logging.getLogger("transferkit")
 
 # Settings that a resumed run may change: where it runs, what it shows, how often it saves, where it keeps activations.
 # Of precision the one in use counts, which "auto" does not tell; the trainer compares it.
@@ -124,9 +128,10 @@ def make_loader(
     channels: int,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader[tuple[Tensor, int]]:
-    """Return the batches of one process."""
-    return loader(
+    device: torch.device | None = None,
+) -> Batches:
+    """Return the batches of one process; where a device is given, its pictures may stay there."""
+    batches = loader(
         in_channels(source, channels),
         transform,
         batch_size=settings.batch_size,
@@ -137,6 +142,19 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
+    if device is None or not _is_resident(settings, batches, device):
+        return batches
+    logger.info(
+        "%s pictures stay on %s: %s", "training" if train else "validation", device, decimal(resident_bytes(batches))
+    )
+    return ResidentBatches(batches, device)
+
+
+def _is_resident(settings: Finetuner, batches: Batches, device: torch.device) -> bool:
+    if settings.resident is not None or device.type != "cuda" or not can_be_resident(batches, sharp=True):
+        return bool(settings.resident)
+    free, _ = torch.cuda.mem_get_info(device)
+    return resident_bytes(batches) <= free // 4
 
 
 def workers_for(settings: Finetuner, count: int) -> int:

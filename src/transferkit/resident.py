@@ -44,9 +44,8 @@ class ResidentBatches(Batches):
     loader's, whose sampler it shares; so are the images where nothing is random, bit by bit on the CPU.
 
     Random crops, shifts and flips follow the loader's law and are a function of (seed, epoch, index, view) as there,
-    but of other random numbers: a run with and one without residency see different draws. Pixels differ a little too,
-    since a crop is cut from a square copy of the picture, and one that takes less than a quarter of the picture may be
-    blurrier than the loader's.
+    but of other random numbers: a run with and one without residency see different draws. Crops are a little softer,
+    those of less than a quarter of a large picture clearly, since they are cut from a square copy of it.
 
     Each process keeps what it may be asked for: all pictures in training, its share in evaluation.
 
@@ -111,7 +110,7 @@ class ResidentBatches(Batches):
             yield levels.sub_(store.mean).div_(store.std), store.labels[chosen]
 
 
-def can_be_resident(batches: Batches) -> bool:
+def can_be_resident(batches: Batches, *, sharp: bool = False) -> bool:
     """Whether a loader's pictures can be kept on a device and augmented there.
 
     They can under the presets ``none``, ``imagenet_eval``, ``imagenet_train``, ``light``, ``cifar_eval``, and
@@ -120,6 +119,7 @@ def can_be_resident(batches: Batches) -> bool:
 
     Args:
         batches: From :func:`transferkit.loading.loader`. Where the pictures are not files, the first one is looked at.
+        sharp: Whether that includes that no crop is enlarged from what is kept, which ``imagenet_train`` asks for.
 
     Example:
         >>> from transferkit.preprocessing import Preprocessing
@@ -131,10 +131,10 @@ def can_be_resident(batches: Batches) -> bool:
         [True, False]
     """
     try:
-        _parts_of(batches)
+        change = _parts_of(batches).change
     except SettingError:
         return False
-    return True
+    return not (sharp and isinstance(change, _Crop) and change.enlarges)
 
 
 def resident_bytes(batches: Batches) -> int:
@@ -210,29 +210,27 @@ def _uniform_numbers(key: int, indices: Array, views: Array, numbers: int) -> Ar
 
 
 def _placements(boxes: Array, sizes: Array, flipped: Array) -> Array:
-    """Say where in a picture the pixels of a crop lie, as (N, 2, 3) matrices for ``affine_grid``: -1 to 1 per side."""
-    spans = boxes[:, 2:] / sizes
-    middles = 2 * boxes[:, :2] / sizes + spans - 1
-    matrices = np.zeros((len(boxes), 2, 3), dtype=np.float32)
-    matrices[:, 0, 0] = np.where(flipped, -spans[:, 1], spans[:, 1])
-    matrices[:, 1, 1] = spans[:, 0]
-    matrices[:, :, 2] = middles[:, ::-1]
-    return matrices
+    """Return half the extent and the middle of crops along x and y, (N, 2, 2); -1 to 1 is the whole picture."""
+    extents = boxes[:, 2:] / sizes
+    middles = 2 * boxes[:, :2] / sizes + extents - 1
+    extents[:, 1] *= np.where(flipped, -1, 1)
+    return np.stack([extents[:, ::-1], middles[:, ::-1]], axis=2).astype(np.float32)
 
 
 def _cut(images: Tensor, places: Tensor, size: int, interpolation: str) -> Tensor:
     """Cut one crop out of each image (B, C, H, W) uint8 and bring it to a size; the same type."""
     finer = 1 if interpolation == "nearest" else _FINER  # which is not antialiased elsewhere either
-    grid = functional.affine_grid(places, [*images.shape[:2], finer * size, finer * size], align_corners=False)
+    samples = finer * size
+    along = (2 * torch.arange(samples, device=images.device) + 1) / samples - 1
+    # Not by affine_grid: its matrix product would lose tenths of a pixel where a user has allowed TF32.
+    x, y = (places[:, :, :1] * along + places[:, :, 1:]).unbind(1)
+    grid = torch.stack([x[:, None].expand(-1, samples, -1), y[:, :, None].expand(-1, -1, samples)], dim=3)
     cut = functional.grid_sample(images.float(), grid, interpolation, "border", align_corners=False)
     return functional.avg_pool2d(cut, finer).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _shifted(images: Tensor, starts: Tensor, size: int) -> Tensor:
-    """Cut one square out of each image (B, C, H, W).
-
-    ``starts`` are its first row, its first column, and the step from column to column, -1 to mirror it, (B, 3) int64.
-    """
+    """Cut one square out of each image; ``starts`` are its first row and column, and the step to the next column."""
     along = torch.arange(size, device=images.device)
     rows = starts[:, 0, None] + along
     columns = starts[:, 1, None] + starts[:, 2, None] * along
@@ -261,12 +259,16 @@ class _Crop:
         self.crop, self.flip = crop, flip
 
     @property
+    def enlarges(self) -> bool:
+        """Whether the smallest box has fewer pixels in the copy than in what comes out."""
+        return bool(self.crop.scale[0] < _FINER**-2)
+
+    @property
     def squash(self) -> nn.Module:
         """The step that makes the copy, twice as large as what comes out.
 
-        A larger one would alias where it is shrunk. From a smaller one, that just need not be enlarged for the smallest
-        box of ``light``, crops of photos came out less sharp than the loader's: 0.86 of its contrast between
-        neighbours, instead of 0.93.
+        A larger one would alias where it is shrunk. From one that just need not be enlarged for the smallest box of
+        ``light``, crops of photos had 0.86 of the loader's contrast between neighbours, and have 0.93 from this.
         """
         side = _FINER * self.crop.size[0]
         squash: nn.Module = v2.Resize((side, side), interpolation=self.crop.interpolation, antialias=True)
