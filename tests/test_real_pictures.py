@@ -72,8 +72,8 @@ def test_flowers_by_the_head_alone_and_by_the_default_recipe(assets: Path, tmp_p
     head = accuracies(assets, tmp_path, "flowers5_small", model, "--policy", "head")
     recipe = accuracies(assets, tmp_path, "flowers5_small", model)
     assert statistics.mean(head) >= 0.80, head
-    # Level within the spread, 0.02 per run: 0.890 against 0.883 on one processor (benchmarks/results/default_recipe.md),
-    # 0.873 against 0.883 on another. A picture is a point.
+    # Level within the spread of 0.02: 0.890 against 0.883 on one processor, 0.873 against 0.883 on another
+    # (benchmarks/results/default_recipe.md). A picture is a point.
     assert statistics.mean(recipe) >= 0.85, recipe
     assert statistics.mean(recipe) > statistics.mean(head) - 0.03, (recipe, head)
 

@@ -559,3 +559,30 @@ def test_early_stopping_ends_the_run_and_the_best_weights_are_kept():
     best = trainer.history.best("val_loss").epoch
     assert best + 1 == len(trainer.history) < 30
     assert_equal(watch.epochs[best - 1], model)
+
+
+# torch's compiler
+
+
+@pytest.mark.long
+def test_a_compiled_run_trains_the_weights_of_one_that_is_not():
+    policy = ScheduledUnfreeze({0: LinearProbe(), 1: FullFinetune()})
+    eager, compiled = (fitted(plain_model(), policy=policy, torch_compile=wanted) for wanted in (False, True))
+    for key, value in tensors(eager.model).items():
+        torch.testing.assert_close(tensors(compiled.model)[key], value, rtol=1e-4, atol=1e-5)
+    assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-4)
+    assert type(compiled.model.network) is type(plain_model().network)
+
+
+@pytest.mark.long
+def test_what_torch_cannot_compile_is_one_sentence_and_leaves_the_weights_alone():
+    torch._dynamo.reset()  # it would find what another test compiled
+    model = plain_model()
+    before = tensors(model)
+    broken = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with (
+        torch._inductor.config.patch(broken),
+        pytest.raises(SettingError, match=r"cannot compile .*leave out torch_compile"),
+    ):
+        fitted(model, torch_compile=True)
+    assert_equal(before, tensors(model))

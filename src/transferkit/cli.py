@@ -160,6 +160,9 @@ def finetune(
     ] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep what frozen stages gave here for later runs.")] = None,
     engine: Engine = "eager",
+    torch_compile: Annotated[
+        bool, typer.Option("--torch-compile", help="Compile what trains, which takes a minute or so.")
+    ] = False,
     resident: Annotated[
         bool | None,
         typer.Option("--resident/--no-resident", help="Keep decoded pictures on the device; on a GPU if they fit."),
@@ -207,6 +210,7 @@ def finetune(
         cache_budget=cache_budget,
         cache_dir=cache_dir,
         engine=engine,
+        torch_compile=torch_compile,
         resident=resident,
         shard=shard,
         num_workers=workers,

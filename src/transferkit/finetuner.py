@@ -128,6 +128,7 @@ class Finetuner:
         cache_dir: Folder where they stay for later runs; ``None`` for none.
         engine: What computes where nothing is trained: ``"eager"``, ``"compile"``, ``"onnxruntime"`` or ``"openvino"``.
         cache_dtype: ``"auto"`` keeps them as computed; ``"fp16"`` or ``"bf16"`` halves them, with a small loss.
+        torch_compile: Whether what trains is compiled by torch: a minute or so, again whenever the policy changes.
         resident: Whether decoded pictures stay on the device and are augmented there (:class:`ResidentBatches`);
             ``None`` for yes on a CUDA device where a quarter of its free memory is enough.
         device: ``"cpu"``, ``"cuda"`` …; ``None`` for the best there is.
@@ -195,6 +196,7 @@ class Finetuner:
     cache_dir: str | os.PathLike[str] | None = None
     cache_dtype: str = "auto"
     engine: str = "eager"
+    torch_compile: bool = False
     resident: bool | None = None
     device: str | None = None
     precision: str = "auto"
@@ -340,6 +342,7 @@ class Finetuner:
             sync_batch_norm=self.sync_batch_norm,
             activations=make_activations(self),
             engine=self.engine,
+            torch_compile=self.torch_compile,
         )
         self.history = trainer.history
         given: dict[str, Any] = {

@@ -141,6 +141,7 @@ def make_loader(
         num_workers=workers_for(settings, len(source)),
         rank=rank,
         world_size=world_size,
+        pin_memory=device is not None and device.type == "cuda",
     )
     if device is None or not _is_resident(settings, batches, device):
         return batches

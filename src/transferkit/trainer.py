@@ -81,6 +81,8 @@ class Trainer:
         sync_batch_norm: Whether batch norms in training see the batches of all processes as one; on GPUs only.
         activations: Keeps what frozen stages give, so that they run once per picture; ``None`` for once per epoch.
         engine: What computes where nothing is trained, one of :data:`~transferkit.inference.ENGINES`.
+        torch_compile: Whether what trains is compiled by torch, anew whenever the policy changes: a minute or so each
+            time, and a C++ compiler on the CPU. Random numbers within the network, those of dropout, are others then.
 
     Attributes:
         head_group: Position of the optimizer's group that holds the head; its lr is the one that is shown and set.
@@ -116,6 +118,7 @@ class Trainer:
         sync_batch_norm: bool = False,
         activations: ActivationCache | None = None,
         engine: str = "eager",
+        torch_compile: bool = False,
     ) -> None:
         """Store and check the settings; no device is touched yet."""
         check_training(
@@ -150,7 +153,7 @@ class Trainer:
         self.device_name, self.precision, self.shard = device, precision, shard
         self.sync_batch_norm = sync_batch_norm
         self.activations = ActivationCache(views=0) if activations is None else activations
-        self.engine = engine
+        self.engine, self.torch_compile = engine, torch_compile
         self.frozen_pass = (0, 0)
         self.history = History()
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
@@ -263,6 +266,11 @@ class Trainer:
                     complete = False  # other processes may not have met the error
                     self._begin_epoch()  # what was broken off within a step begins again with its epoch
                 self._call("on_exception")
+                if self.torch_compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                    sentence = " ".join(str(error).split())[:300]
+                    raise SettingError(
+                        f"torch cannot compile {self.model.name} ({sentence}); leave out torch_compile"
+                    ) from error
                 raise
             finally:
                 self.should_stop = False
@@ -330,11 +338,11 @@ class Trainer:
             self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
         self._prepared = module
         if self.shard:  # fully_shard looks at what trains in every pass, and has wrapped the network already
-            self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
-            return module
-        wrapped, self._stepper = self.accelerator.prepare(module, self.optimizer)
-        check_replicas(self.accelerator, self.model.network)
-        return cast(nn.Module, wrapped)
+            wrapped, self._stepper = module, self.accelerator.prepare_optimizer(self.optimizer)
+        else:
+            wrapped, self._stepper = self.accelerator.prepare(module, self.optimizer)
+            check_replicas(self.accelerator, self.model.network)
+        return cast(nn.Module, torch.compile(wrapped) if self.torch_compile else wrapped)
 
     def _unwrap(self, *, complete: bool) -> None:
         self.activations.close()
