@@ -30,7 +30,7 @@ from _runs import read_options, setting, workplace
 WORK = {
     "reading pictures": ["transferkit.loading:TransformedDataset.__getitem__"],
     "frozen pass": ["transferkit.frozen_pass:FrozenPass._shared"],
-    "training steps": ["transferkit.trainer:Trainer._optimizer_step"],
+    "training steps": ["transferkit.gradients:Gradients.add", "transferkit.trainer:Trainer._optimizer_step"],
     "validation": ["transferkit.trainer:Trainer._evaluate"],
     "writing": [
         "transferkit.checkpoint:save_artifact",

@@ -5,6 +5,7 @@ Its values were chosen by measurement; ``benchmarks/results/default_recipe.md`` 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transferkit.transforms import Transform
 __all__ = ["Recipe", "default_recipe"]
 
 HEAD_LR = 3e-3
+HEAD_LR_EPOCHS = 5
 HEAD_LR_MULTIPLIER = 100.0
 HEAD_SHARE = 0.4
 RESCALED_LR_MULTIPLIER = 10.0
@@ -63,7 +65,9 @@ def default_recipe(
     Args:
         policy: What the user chose, or ``None``.
         epochs: Length of the run, 1 or more. A single epoch is spent on the head.
-        lr: Learning rate of the head, or ``None`` for the recipe's. Both phases begin at it, each with its own warm-up.
+        lr: Learning rate of the head, or ``None`` for the recipe's: 0.003, less for a head alone that is trained for
+            more than 5 epochs, by the root of how many times 5 they are. Both phases of the default policy begin at it,
+            each with its own warm-up.
         pretrained: Whether the network has pretrained weights; random ones must learn as fast as the head.
         rescaled: Whether the stem was adapted to small pictures. Pretrained layers then see another scale: everything
             learns from the start, the backbone ten times faster than else.
@@ -76,8 +80,12 @@ def default_recipe(
     Example:
         >>> default_recipe(None, 5).policy.phase_lrs()
         {0: 0.003, 2: 0.003}
+        >>> default_recipe(LinearProbe(), 20).lr
+        0.0015
     """
-    lr = HEAD_LR if lr is None else lr
+    if lr is None:
+        longer = epochs / HEAD_LR_EPOCHS if isinstance(policy, LinearProbe) else 1.0
+        lr = HEAD_LR / math.sqrt(max(1.0, longer))
     if policy is None and rescaled:
         policy = FullFinetune()
     if policy is None and epochs == 1:

@@ -161,17 +161,13 @@ def split(model: TransferModel) -> Split:
     if leading == names:
         raise SplitError(f"every stage of {model.name} is frozen, so there is nothing to train on what they give")
     with _undisturbed(model):
-        try:
-            return _checked(model, cut_graph(model, leading))
-        except SplitError:
-            if leading != names[:-1]:
-                raise
-            # What the heads receive can be had of any network; it is enough where nothing but the heads comes after.
+        if leading == names[:-1]:
+            # What the heads receive can be had of any network, and soon; it is enough where nothing comes after them.
             try:
                 return _checked(model, cut_at_heads(model))
             except SplitError:
                 pass
-            raise
+        return _checked(model, cut_graph(model, leading))
 
 
 @contextmanager
