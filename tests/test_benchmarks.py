@@ -123,14 +123,22 @@ def test_a_wrong_command_line_ends_with_one_sentence() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.by_hand
 @pytest.mark.timeout(1200)
-def test_head_only_compares_both_ways_of_ours_with_every_peer_that_is_installed() -> None:
+def test_head_only_runs_every_peer_that_is_installed() -> None:
     pytest.importorskip("lightning", reason="needs the lightning extra")
     pytest.importorskip("transformers", reason="needs the transformers extra")
     text = benchmark("head_only.py", "--quick")
     assert_figures(text, *OURS, *PEERS)
     fastai = cells(text, "fastai")[1]
     assert fastai.startswith("not installed") or float(fastai) > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_head_only_compares_both_ways_of_ours_with_a_peer() -> None:
+    text = benchmark("head_only.py", "--quick", "--peers", "tutorial")
+    assert_figures(text, *OURS, "PyTorch tutorial loop")
     assert "transferkit, views=4: asked at least 8×, came to" in text
     assert "An epoch after the first, checkpoints included: asked under 3 %" in text
     assert "commit" in text
@@ -165,6 +173,7 @@ def test_full_finetuning_compares_with_the_loop_tuned_by_hand_too() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.by_hand
 def test_the_time_of_a_run_is_split_into_kinds_of_work_that_add_up() -> None:
     text = benchmark("where_time_goes.py", "--quick", "--only", "head only")
     seconds = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in text.splitlines()[-11:] if "." in line}

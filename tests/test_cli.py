@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -182,12 +183,21 @@ def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path: Path):
 
 def test_leaving_at_once_still_says_everything_and_runs_what_was_registered_for_the_end():
     code = (
-        "import atexit, sys; from transferkit.cli import main; atexit.register(print, 'last words');"
-        "sys.argv = ['transferkit', '--version']; main()"
+        "import atexit, sys; from transferkit.__main__ import run; atexit.register(print, 'last words');"
+        "sys.argv = ['transferkit', '--version']; run()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.splitlines() == [cli.__version__, "last words"]
     assert result.stderr == ""
+
+
+def test_a_program_that_calls_the_command_goes_on_after_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["transferkit", "--version"])
+    collector = gc.get_threshold()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    gc.set_threshold(*collector)
+    assert not ended.value.code
 
 
 def test_a_reader_that_stops_early_sees_no_traceback():

@@ -498,6 +498,7 @@ def test_the_benchmark_says_that_there_is_no_gpu() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.by_hand
 def test_the_benchmark_runs_to_its_table() -> None:
     said = gpu_step("--quick")
     for run in ("bare step", "kept on the device", "loader", "tutorial"):

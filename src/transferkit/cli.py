@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -54,21 +52,6 @@ def main() -> None:
     except TransferkitError as error:
         typer.echo(f"transferkit: {error}", err=True)
         sys.exit(2)
-    except SystemExit as ended:
-        if ended.code:
-            raise
-    _leave()
-
-
-def _leave() -> None:
-    """End the process without taking apart torch's modules object by object, which lasts over a second."""
-    atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads any more; the interpreter knows what to say then
-        return
-    os._exit(0)
 
 
 def _print_version(wanted: bool) -> None:
