@@ -113,7 +113,7 @@ def main() -> None:
         run_here(sys.argv[2:])
         return
     options = read_options(__doc__, epochs=10, rivals="")
-    options.workers = 0
+    options.workers, options.seeds = 0, [0]
     found: dict[str, dict[str, float]] = {}
     with workplace(options) as place:
         for title, policy in CASES.items():
