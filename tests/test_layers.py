@@ -49,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "data",
         "loading",
         "resident",
+        "batch_transforms",
         "callbacks._base",
         "devices",
         "batches",

@@ -267,3 +267,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write the figure"):
         save_figure(plot_history(run([0.5])), tmp_path / "file" / "history.png")
+
+
+def test_a_figure_without_a_layout_is_saved_with_what_sticks_out(tmp_path: Path) -> None:
+    figure = Figure(figsize=(2, 2), dpi=144)
+    figure.text(1.5, 0.5, "outside")
+    with Image.open(save_figure(figure, tmp_path / "wide.png")) as image:
+        assert np.asarray(image.convert("L")).min() < 100

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from transferkit.batch_transforms import crop_boxes, cut, placements, uniform_numbers
 from transferkit.callbacks import Callback
 from transferkit.create import create_model
 from transferkit.exceptions import PictureError, SettingError
@@ -28,15 +29,7 @@ from transferkit.loading import Batches, loader
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
-from transferkit.resident import (
-    ResidentBatches,
-    _cut,
-    _placements,
-    _uniform_numbers,
-    can_be_resident,
-    crop_boxes,
-    resident_bytes,
-)
+from transferkit.resident import ResidentBatches, can_be_resident, resident_bytes
 from transferkit.sources import DatasetPictures, Picture, PictureFiles
 from transferkit.trainer import Trainer
 from transferkit.transforms import (
@@ -172,16 +165,16 @@ def test_pictures_that_balanced_sampling_repeats_are_augmented_anew() -> None:
 @settings(deadline=None)
 def test_random_numbers_belong_to_a_picture_and_not_to_its_place(key: int, indices: list[int], data: Any) -> None:
     views = data.draw(st.lists(st.integers(0, 10**6), min_size=len(indices), max_size=len(indices)))
-    whole = _uniform_numbers(key, np.array(indices), np.array(views), 5)
+    whole = uniform_numbers(key, np.array(indices), np.array(views), 5)
     assert ((whole >= 0) & (whole < 1)).all()
     for number, (index, view) in enumerate(zip(indices, views, strict=True)):
-        assert (_uniform_numbers(key, np.array([index]), np.array([view]), 5)[0] == whole[number]).all()
+        assert (uniform_numbers(key, np.array([index]), np.array([view]), 5)[0] == whole[number]).all()
 
 
 def test_random_numbers_are_uniform_and_independent() -> None:
     count = 20_000
-    numbers = _uniform_numbers(12345, np.arange(count), np.zeros(count, dtype=np.int64), 6)
-    others = _uniform_numbers(12345, np.arange(count), np.ones(count, dtype=np.int64), 6)
+    numbers = uniform_numbers(12345, np.arange(count), np.zeros(count, dtype=np.int64), 6)
+    others = uniform_numbers(12345, np.arange(count), np.ones(count, dtype=np.int64), 6)
     together = np.concatenate([numbers, others], axis=1)
     histogram = np.stack([np.histogram(column, 20, (0, 1))[0] for column in together.T]) / count
     assert abs(histogram - 0.05).max() < 0.008  # five standard deviations
@@ -201,7 +194,7 @@ def test_boxes_follow_the_law_of_torchvision(height: int, width: int, smallest: 
         drawn = [crop.make_params([torch.empty(3, height, width)]) for _ in range(count)]
     theirs = np.array([[each[name] for name in ("top", "left", "height", "width")] for each in drawn])
     sizes = np.tile([height, width], (count, 1))
-    uniform = _uniform_numbers(1, np.arange(count), np.zeros(count, dtype=np.int64), 22)
+    uniform = uniform_numbers(1, np.arange(count), np.zeros(count, dtype=np.int64), 22)
     ours = crop_boxes(uniform, sizes, scale=crop.scale, ratio=crop.ratio)
     assert (ours >= [0, 0, 1, 1]).all()
     assert (ours[:, :2] + ours[:, 2:] <= sizes).all()
@@ -243,9 +236,9 @@ def test_a_crop_from_the_square_copy_is_the_crop_from_the_picture(interpolation:
     square = v2.functional.pil_to_tensor(v2.functional.resize(picture, [128, 128], interpolation=mode))
     boxes = np.array([[0, 0, 150, 210], [20, 30, 110, 150], [40, 101, 110, 109], [12, 0, 100, 130]])
     sizes, flips = np.tile([height, width], (4, 1)), np.array([flip] * 4)
-    places = torch.from_numpy(_placements(boxes, sizes, flips))
-    cut = _cut(square.expand(4, -1, -1, -1), places, size, interpolation)
-    for box, found in zip(boxes.tolist(), cut, strict=True):
+    places = torch.from_numpy(placements(boxes, sizes, flips))
+    crops = cut(square.expand(4, -1, -1, -1), places, size, interpolation)
+    for box, found in zip(boxes.tolist(), crops, strict=True):
         wanted = v2.functional.resized_crop(picture, *box, [size, size], interpolation=mode)
         wanted = v2.functional.horizontal_flip(wanted) if flip else wanted
         difference = (found.int() - v2.functional.pil_to_tensor(wanted).int()).abs()
@@ -258,9 +251,9 @@ def test_a_copy_that_is_shrunk_by_two_does_not_alias() -> None:
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[..., ::2] = 255
     whole = torch.tensor([[[1.0, 0], [1, 0]]])
-    cut = _cut(stripes, whole, 32, "bilinear").float()
-    assert cut[..., 1:-1].std() < 1
-    assert cut.mean().item() == pytest.approx(127.5, abs=3)
+    shrunk = cut(stripes, whole, 32, "bilinear").float()
+    assert shrunk[..., 1:-1].std() < 1
+    assert shrunk.mean().item() == pytest.approx(127.5, abs=3)
 
 
 @pytest.mark.parametrize("make", [light, imagenet_train])

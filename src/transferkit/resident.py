@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
+from transferkit.batch_transforms import Change, Crop, Shift, uniform_numbers
 from transferkit.exceptions import SettingError
 from transferkit.loading import Batches, loader
 from transferkit.randomness import derive_seed
@@ -26,14 +26,8 @@ from transferkit.transforms import is_preset
 __all__ = [
     "ResidentBatches",
     "can_be_resident",
-    "crop_boxes",
     "resident_bytes",
 ]
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-_TRIES = 10  # torchvision's number of attempts at a box
-_FINER = 2  # samples per pixel and direction, whose mean is the pixel: shrinking up to so many times does not alias
 
 
 class ResidentBatches(Batches):
@@ -98,7 +92,7 @@ class ResidentBatches(Batches):
         drawn = rows
         if change is not None:
             key = derive_seed(self.pictures.seed, 7, self.order.epoch)
-            uniform = _uniform_numbers(key, keys[:, 1], keys[:, 2], change.numbers)
+            uniform = uniform_numbers(key, keys[:, 1], keys[:, 2], change.numbers)
             drawn = torch.from_numpy(change.drawn(uniform, store.sizes[rows].numpy()))
         rows, drawn = rows.to(self.device), drawn.to(self.device)
         lengths = [len(batch) for batch in batches]
@@ -134,7 +128,7 @@ def can_be_resident(batches: Batches, *, sharp: bool = False) -> bool:
         change = _parts_of(batches).change
     except SettingError:
         return False
-    return not (sharp and isinstance(change, _Crop) and change.enlarges)
+    return not (sharp and isinstance(change, Crop) and change.enlarges)
 
 
 def resident_bytes(batches: Batches) -> int:
@@ -161,151 +155,6 @@ def resident_bytes(batches: Batches) -> int:
     return each * len(range(first, len(batches.pictures), step))
 
 
-def crop_boxes(uniform: Array, sizes: Array, *, scale: Sequence[float], ratio: Sequence[float]) -> Array:
-    """Choose a box in each picture by the law of ``RandomResizedCrop``.
-
-    Args:
-        uniform: (N, 22) in [0, 1): areas and aspect ratios of ten tries, then the place from above and from the left.
-        sizes: Height and width of each picture in pixels, (N, 2).
-        scale: Smallest and largest share of the picture's area.
-        ratio: Smallest and largest width over height.
-
-    Returns:
-        Top, left, height and width in pixels, (N, 4) int64; where no try fits, the largest central box in the ratios.
-
-    Source: torchvision ``v2.RandomResizedCrop.make_params``.
-
-    Example:
-        >>> crop_boxes(np.full((1, 22), 0.5), np.array([[40, 40]]), scale=(0.25, 0.25), ratio=(1, 1)).tolist()
-        [[10, 10, 20, 20]]
-    """
-    heights, widths = sizes.T
-    shares, shapes = uniform[:, :_TRIES], uniform[:, _TRIES : 2 * _TRIES]
-    areas = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * shares)
-    low, high = np.log(ratio)
-    ratios = np.exp(low + (high - low) * shapes)
-    tall, wide = np.rint(np.sqrt(areas / ratios)), np.rint(np.sqrt(areas * ratios))
-    fits = (tall > 0) & (tall <= heights[:, None]) & (wide > 0) & (wide <= widths[:, None])
-    found, each = fits.any(axis=1), np.arange(len(sizes))
-    tried = fits.argmax(axis=1)
-    height = np.where(found, tall[each, tried], np.minimum(heights, np.rint(widths / ratio[0])))
-    width = np.where(found, wide[each, tried], np.minimum(widths, np.rint(heights * ratio[1])))
-    free = np.stack([heights - height, widths - width], axis=1)
-    corner = np.where(found[:, None], np.floor(uniform[:, 2 * _TRIES :] * (free + 1)), free // 2)
-    return np.concatenate([corner, height[:, None], width[:, None]], axis=1).astype(np.int64)
-
-
-def _uniform_numbers(key: int, indices: Array, views: Array, numbers: int) -> Array:
-    """Draw (N, numbers) in [0, 1), a function of (key, index, view) alone and so of no order.
-
-    Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators" (SplitMix64), each number by its
-        place in the stream.
-    """
-    pictures = (views.astype(np.uint64) << np.uint64(32)) + indices.astype(np.uint64)
-    places = pictures[:, None] * np.uint64(numbers) + np.arange(1, numbers + 1, dtype=np.uint64)
-    mixed: Array = places * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return (mixed >> np.uint64(11)) * 2.0**-53
-
-
-def _placements(boxes: Array, sizes: Array, flipped: Array) -> Array:
-    """Return half the extent and the middle of crops along x and y, (N, 2, 2); -1 to 1 is the whole picture."""
-    extents = boxes[:, 2:] / sizes
-    middles = 2 * boxes[:, :2] / sizes + extents - 1
-    extents[:, 1] *= np.where(flipped, -1, 1)
-    return np.stack([extents[:, ::-1], middles[:, ::-1]], axis=2).astype(np.float32)
-
-
-def _cut(images: Tensor, places: Tensor, size: int, interpolation: str) -> Tensor:
-    """Cut one crop out of each image (B, C, H, W) uint8 and bring it to a size; the same type."""
-    finer = 1 if interpolation == "nearest" else _FINER  # which is not antialiased elsewhere either
-    samples = finer * size
-    along = (2 * torch.arange(samples, device=images.device) + 1) / samples - 1
-    # Not by affine_grid: its matrix product would lose tenths of a pixel where a user has allowed TF32.
-    x, y = (places[:, :, :1] * along + places[:, :, 1:]).unbind(1)
-    grid = torch.stack([x[:, None].expand(-1, samples, -1), y[:, :, None].expand(-1, -1, samples)], dim=3)
-    cut = functional.grid_sample(images.float(), grid, interpolation, "border", align_corners=False)
-    return functional.avg_pool2d(cut, finer).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _shifted(images: Tensor, starts: Tensor, size: int) -> Tensor:
-    """Cut one square out of each image; ``starts`` are its first row and column, and the step to the next column."""
-    along = torch.arange(size, device=images.device)
-    rows = starts[:, 0, None] + along
-    columns = starts[:, 1, None] + starts[:, 2, None] * along
-    each, channel = (torch.arange(length, device=images.device) for length in images.shape[:2])
-    return images[each[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
-
-
-class _Change(Protocol):
-    """What is random about a preset."""
-
-    numbers: int
-
-    def drawn(self, uniform: Array, sizes: Array) -> Array:
-        """Turn random numbers (N, numbers) into what is done to pictures of these sizes, (N, 2)."""
-
-    def applied(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Do it to a batch of uint8 images."""
-
-
-class _Crop:
-    """``RandomResizedCrop`` and a flip, from a square copy of the picture."""
-
-    numbers = 2 * _TRIES + 3
-
-    def __init__(self, crop: v2.RandomResizedCrop, flip: v2.RandomHorizontalFlip) -> None:
-        self.crop, self.flip = crop, flip
-
-    @property
-    def enlarges(self) -> bool:
-        """Whether the smallest box has fewer pixels in the copy than in what comes out."""
-        return bool(self.crop.scale[0] < _FINER**-2)
-
-    @property
-    def squash(self) -> nn.Module:
-        """The step that makes the copy, twice as large as what comes out.
-
-        A larger one would alias where it is shrunk. From one that just need not be enlarged for the smallest box of
-        ``light``, crops of photos had 0.86 of the loader's contrast between neighbours, and have 0.93 from this.
-        """
-        side = _FINER * self.crop.size[0]
-        squash: nn.Module = v2.Resize((side, side), interpolation=self.crop.interpolation, antialias=True)
-        return squash
-
-    def drawn(self, uniform: Array, sizes: Array) -> Array:
-        boxes = crop_boxes(uniform[:, :-1], sizes, scale=self.crop.scale, ratio=self.crop.ratio)
-        return _placements(boxes, sizes, uniform[:, -1] < self.flip.p)
-
-    def applied(self, images: Tensor, drawn: Tensor) -> Tensor:
-        return _cut(images, drawn, self.crop.size[0], InterpolationMode(self.crop.interpolation).value)
-
-
-class _Shift:
-    """``RandomCrop`` with a border of zeros, a flip, and what follows them."""
-
-    numbers = 3
-
-    def __init__(self, crop: v2.RandomCrop, flip: v2.RandomHorizontalFlip, following: Sequence[nn.Module]) -> None:
-        self.crop, self.flip, self.following = crop, flip, following
-
-    def drawn(self, uniform: Array, sizes: Array) -> Array:
-        size = self.crop.size[0]
-        left, right, top, bottom = self.crop.padding
-        free = sizes + np.array([top + bottom, left + right]) - size
-        starts = np.floor(uniform[:, :2] * (free + 1)).astype(np.int64)
-        flipped = uniform[:, 2] < self.flip.p
-        return np.stack([starts[:, 0], starts[:, 1] + np.where(flipped, size - 1, 0), np.where(flipped, -1, 1)], axis=1)
-
-    def applied(self, images: Tensor, drawn: Tensor) -> Tensor:
-        padded = functional.pad(images, self.crop.padding, value=self.crop.fill)
-        images = _shifted(padded, drawn, self.crop.size[0])
-        for step in self.following:
-            images = step(images)
-        return images
-
-
 class _Keep:
     """A picture as it is kept, with the height and width it had before it was squashed; goes to worker processes."""
 
@@ -323,7 +172,7 @@ class _Parts(NamedTuple):
     """A preset taken apart: what is done once, and what at every epoch, if anything; and a kept picture's shape."""
 
     keep: _Keep
-    change: _Change | None
+    change: Change | None
     shape: tuple[int, ...]
 
 
@@ -340,7 +189,7 @@ class _Store(NamedTuple):
 def _parts_of(batches: Batches) -> _Parts:
     """Take the transform apart; ``SettingError`` where it, or the source, is none that can be kept."""
     source, transform = batches.pictures.source, cast(Any, batches.pictures.transform)
-    change: _Change | None = None
+    change: Change | None = None
     possible = is_preset(transform) and transform.random == batches.augmented and not getattr(source, "random", True)
     if possible:
         *steps, _, _ = transform.transforms
@@ -352,18 +201,18 @@ def _parts_of(batches: Batches) -> _Parts:
             "these pictures cannot be kept on a device; that takes pictures of 8 bits that are the same whenever they "
             "are read, and a preset without jitter, rotation or trivial_augment"
         )
-    keep = _Keep(steps, change.squash if isinstance(change, _Crop) else nn.Identity())
+    keep = _Keep(steps, change.squash if isinstance(change, Crop) else nn.Identity())
     blank = torch.zeros((transform.channels, 8, 8), dtype=torch.uint8)
     return _Parts(keep, change, tuple(keep(blank)[0].shape))
 
 
-def _random_part(steps: Sequence[nn.Module]) -> tuple[list[nn.Module], _Change | None]:
+def _random_part(steps: Sequence[nn.Module]) -> tuple[list[nn.Module], Change | None]:
     """Return the steps before what is random, and that, if it is a crop and a flip and nothing more."""
     before = list(takewhile(lambda step: not isinstance(step, v2.RandomResizedCrop | v2.RandomCrop), steps))
     crop, flip, *following = steps[len(before) :]
     if not all(isinstance(step, v2.Resize | v2.PILToTensor) for step in following):
         return before, None
-    return before, _Shift(crop, flip, following) if isinstance(crop, v2.RandomCrop) else _Crop(crop, flip)
+    return before, Shift(crop, flip, following) if isinstance(crop, v2.RandomCrop) else Crop(crop, flip)
 
 
 def _has_levels(source: Any) -> bool:
