@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transferkit import inference
 from transferkit.create import create_model
 from transferkit.exceptions import SettingError
-from transferkit.folding import fold_norms, pack_convolutions
+from transferkit.folding import fold_norms, pack_convolutions, part_wide_modules
 from transferkit.inference import ENGINES, fast_forward, micro_batch
 from transferkit.randomness import seeded
 from transferkit.splitting import split
@@ -291,6 +291,74 @@ def test_a_linear_layer_over_tokens_is_not_folded_into_the_norm_over_them() -> N
     forward = fast_forward(module, images(2))
     assert norms(left(forward)) == 1
     assert close(forward(images(2)), expected_of(module, images(2)))
+
+
+class Residual(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        return images + super().forward(images)
+
+
+class Noted(nn.Sequential):
+    def forward(self, images: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(images)
+
+
+class Twice(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        block = self[0]
+        return block(block(images))
+
+
+class WithScale(nn.Sequential):
+    def forward(self, images: Tensor) -> Tensor:
+        return self[0](images, scale=2.0)
+
+
+def wide_block(kind: Any = nn.Sequential, inner: int = 48) -> nn.Sequential:
+    return kind(nn.Conv2d(3, inner, 1), nn.ReLU(), nn.Conv2d(inner, inner, 1), nn.Conv2d(inner, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("network", "parted"),
+    [
+        (nn.Sequential(wide_block()), ["0"]),
+        (nn.Sequential(wide_block(Residual)), ["0"]),
+        (nn.Sequential(nn.Sequential(wide_block(), nn.ReLU()), wide_block()), ["0.0", "1"]),
+        (nn.Sequential(wide_block(inner=4)), []),  # not wider inside than outside
+        (nn.Sequential(wide_block(inner=400)), []),  # weights that each picture would read anew
+        (Twice(wide_block()), []),
+        (WithScale(wide_block(Noted)), []),
+        (wide_block(), []),  # the whole network
+    ],
+    ids=["block", "residual", "nested", "narrow", "heavy", "twice", "named", "whole"],
+)
+def test_wide_blocks_see_one_picture_at_a_time(network: nn.Module, parted: list[str]) -> None:
+    network.eval().requires_grad_(False)
+    images = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    expected = network(images)
+    seen: list[int] = []
+    blocks = {each: name for name, each in network.named_modules() if name in parted}
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    part_wide_modules(network, images, limit=40_000)
+    names = [name.removesuffix(".one_by_one") for name, _ in network.named_modules() if name.endswith("one_by_one")]
+    assert names == parted
+    seen.clear()
+    assert torch.allclose(network(images), expected, atol=1e-6)
+    assert seen == [1, 1, 1] * len(parted)
+
+
+def test_a_block_that_mixes_its_pictures_is_not_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mixing(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            wide = self[1](self[0](images))
+            return self[3](wide - wide.mean(0, keepdim=True))
+
+    network = nn.Sequential(wide_block(Mixing), nn.Flatten(), nn.Linear(3 * 24 * 24, 2))
+    images = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(inference, "_WIDE", 40_000)
+    forward = fast_forward(network, images)
+    assert torch.allclose(forward(images), network.eval()(images), atol=1e-5)
 
 
 def test_the_original_is_untouched() -> None:

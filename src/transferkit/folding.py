@@ -1,12 +1,12 @@
-"""Fewer operations for the same result: batch norms and activations that become part of the layer before them.
+"""The same result with less work: layers that take in what follows them, and wide parts that see one picture at a time.
 
-Nothing is traced. One forward pass is watched, operation by operation, and what follows a layer is taken into it where
-nothing else reads what the layer gives. Both functions change the module they get, which is a copy in eval mode, and
-their caller compares what it gives before and after.
+Nothing is traced. One forward pass is watched, operation by operation. Each function changes the module it gets, which
+is a copy in eval mode, and its caller compares what that gives before and after.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["fold_norms", "pack_convolutions"]
+__all__ = ["fold_norms", "pack_convolutions", "part_wide_modules"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -98,6 +98,50 @@ def pack_convolutions(module: nn.Module, images: Tensor, *, rows: int) -> None:
         _replace(module, layer, _Packed(layer, size, *words))
 
 
+def part_wide_modules(module: nn.Module, images: Tensor, *, limit: int) -> None:
+    """Let one picture at a time through the modules inside which it takes more room than the processor's cache has.
+
+    An inverted residual block, say, whose inner channels are six times those it takes and gives: what it makes inside
+    is read again before it has left the cache. Modules stay as they are that take or give half as much as they make
+    inside, or whose weights, which each picture reads anew, are a quarter of that.
+
+    Args:
+        module: A copy that computes without gradients, in eval mode; it is changed.
+        images: (B, C, H, W).
+        limit: Bytes of one picture's tensor that are not too many.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 3, 1)).requires_grad_(False)
+        >>> network, pictures = nn.Sequential(block), torch.zeros(2, 3, 8, 8)
+        >>> part_wide_modules(network, pictures, limit=10_000)
+        >>> network[0].one_by_one is block, network(pictures).shape
+        (True, torch.Size([2, 3, 8, 8]))
+    """
+    seen = _watch(module, images)
+    widest: dict[nn.Module, int] = defaultdict(int)
+    for call in seen.calls:
+        for tensor in call.gave:
+            inside = seen.innermost(tensor)
+            if inside is not None and inside is not module and tensor.shape[:1] == images.shape[:1]:
+                widest[inside] = max(widest[inside], tensor.nbytes // len(images))
+    for each, width in widest.items():
+        weights = sum(part.numel() * part.element_size() for part in (*each.parameters(), *each.buffers()))
+        outside = seen.widest_outside(each, len(images)) / len(images)
+        if width > limit and width > 2 * outside and width > 4 * weights:
+            _replace(module, each, _OneByOne(each))
+
+
+class _OneByOne(nn.Module):
+    """A module that sees one picture at a time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.one_by_one = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.one_by_one(image) for image in torch.split(images, 1)])
+
+
 class _Packed(nn.Module):
     """A convolution and its activation in one operation."""
 
@@ -116,12 +160,16 @@ class _Packed(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One operation: what called it, and the tensors that it read and gave, kept so that none takes another's place."""
+    """One operation: the modules it ran in, the tensors it read and gave, kept so that none takes another's place."""
 
     operation: Any
-    module: nn.Module | None
+    inside: tuple[nn.Module, ...]
     read: tuple[Tensor, ...]
     gave: tuple[Tensor, ...]
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.inside[-1] if self.inside else None
 
 
 @dataclass(frozen=True)
@@ -133,6 +181,7 @@ class _Seen:
     made: Mapping[int, _Call] = field(default_factory=dict)
     readers: Mapping[int, Sequence[_Call]] = field(default_factory=dict)
     called: Mapping[int, Sequence[_Call]] = field(default_factory=dict)
+    passes: Mapping[nn.Module, Sequence[tuple[Any, Any]]] = field(default_factory=dict)
 
     def only_call(self, module: nn.Module | None) -> _Call | None:
         """Return the one operation that a module itself called in the whole pass."""
@@ -141,6 +190,22 @@ class _Seen:
 
     def maker(self, tensor: Tensor) -> _Call | None:
         return self.made.get(id(tensor))
+
+    def innermost(self, tensor: Tensor) -> nn.Module | None:
+        """Return the smallest module in which a tensor is both made and read."""
+        calls = [*filter(None, [self.maker(tensor)]), *self.readers.get(id(tensor), ())]
+        if len(calls) < 2:
+            return None
+        common = [each[0] for each in zip(*(call.inside for call in calls), strict=False) if len(set(each)) == 1]
+        return common[-1] if common else None
+
+    def widest_outside(self, module: nn.Module, count: int) -> float:
+        """Return the bytes of what a module takes or gives; endless unless each is one tensor of so many pictures."""
+        passes = self.passes.get(module, ())
+        match passes:
+            case [((Tensor() as taken,), Tensor() as given)] if len(taken) == len(given) == count:
+                return max(taken.nbytes, given.nbytes)
+        return math.inf
 
     def first_reader(self, tensor: Tensor) -> _Call | None:
         return next(iter(self.readers.get(id(tensor), ())), None)
@@ -165,19 +230,21 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's c
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
         self.running: list[nn.Module] = []
+        self.passes: dict[nn.Module, list[tuple[Any, Any]]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         read = _tensors((args, kwargs))
         if read:
-            self.calls.append(_Call(func, self.running[-1] if self.running else None, read, _tensors(result)))
+            self.calls.append(_Call(func, tuple(self.running), read, _tensors(result)))
         return result
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
         self.running.append(module)
 
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
         self.running.pop()
+        self.passes[module].append(((*inputs, *named.values()), output))
 
 
 def _watch(module: nn.Module, images: Tensor) -> _Seen:
@@ -186,7 +253,7 @@ def _watch(module: nn.Module, images: Tensor) -> _Seen:
     try:
         for each in module.modules():
             handles.append(each.register_forward_pre_hook(watcher.enter))
-            handles.append(each.register_forward_hook(watcher.leave))
+            handles.append(each.register_forward_hook(watcher.leave, with_kwargs=True))
         with torch.no_grad(), watcher:
             results = module(images)
     finally:
@@ -201,7 +268,8 @@ def _watch(module: nn.Module, images: Tensor) -> _Seen:
             readers[id(tensor)].append(call)
         for tensor in call.gave:
             made.setdefault(id(tensor), call)
-    return _Seen(watcher.calls, frozenset(id(each) for each in _tensors(results)), made, readers, called)
+    gave = frozenset(id(each) for each in _tensors(results))
+    return _Seen(watcher.calls, gave, made, readers, called, watcher.passes)
 
 
 def _tensors(tree: Any) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from transferkit.exceptions import SettingError
-from transferkit.folding import fold_norms, pack_convolutions
+from transferkit.folding import fold_norms, pack_convolutions, part_wide_modules
 from transferkit.randomness import keeps_generators
 
 __all__ = ["ENGINES", "check_engine", "fast_forward", "micro_batch"]
@@ -33,6 +33,8 @@ ENGINES = ("eager", "compile", "onnxruntime", "openvino")
 
 # Three to eight pictures of 224 px are equally fast with MobileNetV2: fewer take more calls, more leave the cache.
 _PIXELS = 4 * 224 * 224
+# Bytes. Nine networks with blocks that are wider inside took 0 to 11 % less time, MobileNetV2 5 to 10 %.
+_WIDE = 1200 * 1024
 # More Python threads than these wait for one another.
 _THREADS = 8
 
@@ -43,9 +45,10 @@ def fast_forward(module: nn.Module, example: Tensor, *, engine: str = "eager") -
     It computes with a copy: batch norms become part of the layers before them, pictures and weights lie channels last,
     and nothing is kept for a backward pass. On the CPU a batch is cut into micro-batches (:func:`micro_batch`) which
     run side by side, each on cores of its own, so that none waits for another operation by operation; convolutions
-    take in the activation behind them. Each of these is done only if two pictures give the same afterwards, but for a
-    ten-thousandth of the largest number; a network that allows none of them runs as it is. The same pictures in the
-    same batches give the same bits at every call.
+    take in the activation behind them; blocks that are much wider inside than outside see one picture at a time. Each
+    of these is done only if two pictures give the same afterwards, but for a ten-thousandth of the largest number; a
+    network that allows none of them runs as it is. The same pictures in the same batches give the same bits at every
+    call.
 
     Args:
         module: A network, or anything else from images to a tensor (B, …) or nested tuples of such. It is left as it
@@ -217,9 +220,11 @@ def _improved(network: nn.Module, images: Tensor, expected: Any, engine: str) ->
         steps.append(_lay_channels_last)
     if engine == "eager" and kind == "cpu" and images.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         steps.append(partial(pack_convolutions, rows=micro_batch(32, *images.shape[-2:])))
+        steps.append(partial(part_wide_modules, limit=_WIDE))
     for step in steps:
         try:
-            changed = copy.deepcopy(network)
+            # Weights in the processor's own order cannot be copied, and stay as they are.
+            changed = copy.deepcopy(network, {id(each): each for each in network.buffers() if each.is_mkldnn})
             step(changed, images)
         except Exception:  # whatever a network does that a step does not know, it runs without
             continue
