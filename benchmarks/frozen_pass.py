@@ -132,7 +132,7 @@ def compare(name: str, options: argparse.Namespace, photos: list[Picture]) -> tu
             with_decoding: (len(photos), lambda: decode_and_compute(forward, photos, options.workers)),
             **{each: runs[each] for each in dict.fromkeys((against, best))},
         }
-        found = measure(decoding, max(3, options.rounds // 4))
+        found = measure(decoding, max(3, options.rounds // 2))
         rows.append(row(name, with_decoding, found, best))
         said.append(f"{name}, decoding included: {verdict(ASKED_WITH_DECODING, found, with_decoding, best)}")
     return rows, said
