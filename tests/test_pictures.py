@@ -160,7 +160,7 @@ def broken(tmp_path, kind):
         ("truncated", "truncated"),
         ("truncated_png", ""),
         ("missing", "there is no such file"),
-        ("folder", "Is a directory"),
+        ("folder", "it is a folder"),
         ("postscript", "its content is no picture Pillow can decode"),
     ],
 )
@@ -173,7 +173,7 @@ def test_an_unreadable_file_is_named_with_its_cause(tmp_path, kind, cause):
 def test_an_absurdly_large_picture_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     corners(64).save(tmp_path / "bomb.png")
-    with pytest.raises(PictureError, match=r"bomb\.png: .*exceeds limit"):
+    with pytest.raises(PictureError, match=r"bomb\.png: it has more than 200 pixels"):
         read_picture(tmp_path / "bomb.png")
 
 

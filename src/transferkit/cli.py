@@ -40,6 +40,9 @@ Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 Engine = Annotated[
     str, typer.Option(help="What computes where nothing is trained: eager, compile, onnxruntime or openvino.")
 ]
+OnBadImage = Annotated[
+    str, typer.Option(help="Pictures that cannot be read: skip leaves them out and lists them, raise stops.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes that read pictures.")]
 Run = Annotated[Path, typer.Argument(help="Output folder of a run, or any saved model.")]
 
@@ -126,6 +129,7 @@ def finetune(
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, 0.999 for example.")] = None,
     patience: Annotated[int | None, typer.Option(help="Epochs without a better one after which to stop.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share held out where the data has no val/.")] = 0.2,
+    on_bad_image: OnBadImage = "skip",
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-OF-DATA by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
@@ -183,6 +187,7 @@ def finetune(
         ema=ema,
         patience=patience,
         val_fraction=val_fraction,
+        on_bad_image=on_bad_image,
         seed=seed,
         output_dir=folder,
         overwrite=overwrite,
@@ -231,6 +236,51 @@ saved in {folder}: model.safetensors, config.json, history.csv, curves.png, pred
 
 
 @app.command()
+def check(
+    data: Data,
+    val_fraction: Annotated[float, typer.Option(help="Share held out where the data has no val/.")] = 0.2,
+    seed: Seed = 0,
+    remember: Annotated[
+        bool, typer.Option("--remember/--no-remember", help="Keep what is found of each file for the next look.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Look at every picture of a folder before training: what cannot be read, leaks, wrong labels, copies and more.
+
+    Ends with 1 where something would hurt.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from transferkit.check import check_data
+
+    shown = Console(stderr=True)
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        task = bar.add_task("looking at pictures", total=None)
+        found = check_data(
+            data,
+            val_fraction=val_fraction,
+            seed=seed,
+            remember=remember,
+            on_progress=lambda done, count: bar.update(task, completed=done, total=count),
+        )
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        labels = list(dict.fromkeys(label for counts in found.counts.values() for label in counts))
+        rows = [["class", *found.counts]]
+        rows += [[label, *(f"{counts.get(label, 0):,}" for counts in found.counts.values())] for label in labels]
+        rows.append(["all", *(f"{sum(counts.values()):,}" for counts in found.counts.values())])
+        _print_table(rows)
+        typer.echo()
+        for finding in found.findings:
+            typer.echo(f"{'!' if finding.hurts else '-'} {finding.kind}: {finding.message}")
+        typer.echo("something here would hurt (!)" if found.hurts else "nothing found that would hurt")
+    if found.hurts:
+        raise typer.Exit(1)
+
+
+@app.command()
 def find_lr(
     data: Data,
     model: ModelName = "torchvision/mobilenet_v2",
@@ -240,6 +290,7 @@ def find_lr(
     image_size: ImageSize = None,
     steps: Annotated[int, typer.Option(help="Learning rates to try, one batch each.")] = 100,
     seed: Seed = 0,
+    on_bad_image: OnBadImage = "skip",
     plot: Annotated[Path | None, typer.Option(help="Where to draw the losses, .png, .svg or .pdf.")] = None,
     device: Device = None,
     workers: Workers = None,
@@ -254,6 +305,7 @@ def find_lr(
         policy=policy,
         batch_size=batch_size,
         image_size=image_size,
+        on_bad_image=on_bad_image,
         seed=seed,
         device=device,
         num_workers=workers,
@@ -272,6 +324,7 @@ def find_lr(
 def evaluate(
     run: Run,
     data: Annotated[Path, typer.Argument(help="Folder of class folders, or one with val/ in it.")],
+    on_bad_image: OnBadImage = "skip",
     batch_size: BatchSize = 16,
     device: Device = None,
     engine: Engine = "eager",
@@ -280,7 +333,8 @@ def evaluate(
     """Measure a trained model on labelled pictures."""
     from transferkit.finetuner import Finetuner
 
-    result = Finetuner.load(run, batch_size=batch_size, device=device, engine=engine).evaluate(data)
+    tuner = Finetuner.load(run, batch_size=batch_size, device=device, engine=engine, on_bad_image=on_bad_image)
+    result = tuner.evaluate(data)
     if as_json:
         _print_json(result)
         return
@@ -297,6 +351,7 @@ def predict(
     run: Run,
     pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 1,
+    on_bad_image: OnBadImage = "skip",
     batch_size: BatchSize = 16,
     device: Device = None,
     engine: Engine = "eager",
@@ -305,7 +360,8 @@ def predict(
     """Classify pictures with a trained model."""
     from transferkit.finetuner import Finetuner
 
-    predictions = Finetuner.load(run, batch_size=batch_size, device=device, engine=engine).predict(pictures)
+    tuner = Finetuner.load(run, batch_size=batch_size, device=device, engine=engine, on_bad_image=on_bad_image)
+    predictions = tuner.predict(pictures)
     if as_json:
         _print_json(
             {

@@ -17,8 +17,9 @@ import numpy as np
 from torch.utils.data import Subset
 
 from transferkit.exceptions import DataError, SettingError, closest
+from transferkit.folders import Part, data_folder, find_parts, list_part, list_parts
 from transferkit.loading import EpochSampler, SampleKey, TransformedDataset, loader
-from transferkit.pictures import existing, find_pictures, list_pictures, picture_extensions, read_picture
+from transferkit.pictures import list_pictures, picture_extensions, read_picture
 from transferkit.randomness import derive_seed
 from transferkit.sources import (
     DatasetPictures,
@@ -46,12 +47,10 @@ __all__ = [
     "loader",
     "picture_extensions",
     "read_picture",
+    "sort_pictures",
 ]
 
 log = logging.getLogger("transferkit")
-
-# Names, in lower case, of the folders that hold a part of the data instead of a class.
-_PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 def image_folder(
@@ -94,42 +93,73 @@ def image_folder(
         >>> data.class_names, data.train_labels(), data.val_counts()
         (('cats', 'dogs'), [0, 1], {'cats': 1, 'dogs': 1})
     """
+    data, notes = sort_pictures(
+        list_parts(root, known=class_names or ()), val_fraction=val_fraction, seed=seed, class_names=class_names
+    )
+    _tell(notes)
+    return data
+
+
+Notes = list[tuple[int, str]]
+"""What is worth a line of the log, each with its level."""
+
+
+def sort_pictures(
+    parts: Mapping[str, Part],
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+) -> tuple[PictureData, Notes]:
+    """Sort listed files into training and validation, as :func:`image_folder` says, and tell what is left out.
+
+    Args:
+        parts: What :func:`transferkit.folders.list_parts` gave.
+        val_fraction: As for :func:`image_folder`.
+        seed: The same.
+        class_names: The same.
+
+    Raises:
+        DataError: As for :func:`image_folder`, but for a folder that is missing.
+        SettingError: ``val_fraction`` is outside its range.
+    """
     if not 0 < val_fraction < 1:
         raise SettingError(f"val_fraction={val_fraction}; it can be above 0 and below 1")
-    root = _folder(root)
-    parts = _parts(root, known=class_names or ())
-    if parts and "train" not in parts:
+    part = parts.get("train") or parts.get("all")
+    if part is None:
+        found = next(iter(parts.values())).root.parent
         raise DataError(
-            f"{root} has {_listing(part.name for part in parts.values())} but no train with a folder per class; "
+            f"{found} has {_listing(each.root.name for each in parts.values())} but no train with a folder per class; "
             "add it, or keep only class folders there"
         )
-    train_root = parts.get("train", root)
-    found = _class_folders(train_root)
-    empty = [name for name, paths in found.items() if not paths]
+    notes = _check_part(part)
+    empty = [name for name, paths in part.pictures.items() if not paths]
     if empty:
-        raise DataError(f"no pictures in class folder {_listing(empty)} of {train_root}; add some or remove the folder")
-    if len(found) == 1 and class_names is None:
+        raise DataError(f"no pictures in class folder {_listing(empty)} of {part.root}; add some or remove the folder")
+    if len(part.pictures) == 1 and class_names is None:
         raise DataError(
-            f"only one class, {_listing(found)}, in {train_root}; give the folder that holds two or more class folders"
+            f"only one class, {_listing(part.pictures)}, in {part.root}; "
+            "give the folder that holds two or more class folders"
         )
-    names = tuple(class_names or sorted(found))
+    names = tuple(class_names or sorted(part.pictures))
     held_out = parts.get("val") or parts.get("test")
     if held_out is None:
-        train, val = _split(found, val_fraction, seed)
+        train, val = _split(part.pictures, val_fraction, seed)
         single = [name for name, paths in val.items() if not paths]
-        if len(single) == len(found):
-            raise DataError(f"no class in {train_root} has two pictures, so none is left to validate on; add pictures")
+        if len(single) == len(val):
+            raise DataError(f"no class in {part.root} has two pictures, so none is left to validate on; add pictures")
         if single:
-            log.warning("class %s has a single picture, which is trained on and not validated on", _listing(single))
-        return PictureData(_files(train, names, train_root), _files(val, names, train_root), names)
+            sentence = "class %s has a single picture, which is trained on and not validated on"
+            notes.append((logging.WARNING, sentence % _listing(single)))
+        return PictureData(_files(train, names, part.root), _files(val, names, part.root), names), notes
     if "val" not in parts:
-        log.info("%s has no folder val; %s is used for validation", root, held_out.name)
-    return PictureData(
-        train=_files(found, names, train_root),
-        val=_held_out_files(held_out, names),
-        class_names=names,
-        test=_held_out_files(parts["test"], names) if {"val", "test"} <= parts.keys() else None,
-    )
+        notes.append(
+            (logging.INFO, f"{part.root.parent} has no folder val; {held_out.root.name} is used for validation")
+        )
+    val_files, val_notes = _held_out_files(held_out, names)
+    test_files, test_notes = _held_out_files(parts["test"], names) if {"val", "test"} <= parts.keys() else (None, [])
+    data = PictureData(_files(part.pictures, names, part.root), val_files, names, test_files)
+    return data, [*notes, *val_notes, *test_notes]
 
 
 def labelled_folder(root: str | os.PathLike[str], class_names: Sequence[str]) -> PictureFiles:
@@ -156,12 +186,14 @@ def labelled_folder(root: str | os.PathLike[str], class_names: Sequence[str]) ->
         ...     labelled_folder(root, ["cats", "dogs"]).labels()
         [1]
     """
-    root = _folder(root)
-    parts = _parts(root, known=class_names)
+    root = data_folder(root)
+    parts = find_parts(root, known=class_names)
     part = parts.get("val") or parts.get("test") or root
     if part != root:
         log.info("evaluating on %s", part)
-    return _held_out_files(part, class_names)
+    files, notes = _held_out_files(list_part(part), class_names)
+    _tell(notes)
+    return files
 
 
 def from_datasets(train: Any, val: Any, *, class_names: Sequence[str] | None = None) -> PictureData:
@@ -227,51 +259,30 @@ def _classes(dataset: Any) -> tuple[str, ...] | None:
     return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in classes)
 
 
-def _folder(root: str | os.PathLike[str]) -> Path:
-    root = existing(root)
-    if not root.is_dir():
-        raise DataError(f"{root} is a file; give the folder that holds one folder per class")
-    return root
+def _tell(notes: Notes) -> None:
+    for level, sentence in notes:
+        log.log(level, "%s", sentence)
 
 
-def _subfolders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _parts(root: Path, *, known: Sequence[str]) -> dict[str, Path]:
-    """Find the train, val and test folders: they hold folders themselves, and no class has their name."""
-    folders = {path.name.lower(): path for path in _subfolders(root) if path.name not in known and _subfolders(path)}
-    return {
-        part: next(folders[name] for name in names if name in folders)
-        for part, names in _PARTS.items()
-        if not folders.keys().isdisjoint(names)
-    }
-
-
-def _class_folders(root: Path) -> dict[str, list[str]]:
-    """Name the pictures of every class folder; log what is left out."""
-    found: dict[str, list[str]] = {}
-    others: list[str] = []
-    for folder in _subfolders(root):
-        found[folder.name], no_pictures = find_pictures(folder)
-        others.extend(no_pictures)
-    files = [path for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
-    loose = [path.name for path in files if path.suffix.lower() in picture_extensions()]
-    others.extend(str(path) for path in files if path.name not in loose)
-    if not any(found.values()):
+def _check_part(part: Part) -> Notes:
+    """Check that there are pictures in class folders; tell what is left out."""
+    root = part.root
+    if not any(part.pictures.values()):
         raise DataError(
             f"no pictures in {root}: looked for one folder per class, such as {root / 'cats' / '1.jpg'}, "
-            f"and found {len(found)} folder(s) without pictures and {len(loose)} picture(s) in no folder"
+            f"and found {len(part.pictures)} folder(s) without pictures and {len(part.loose)} picture(s) in no folder"
         )
-    if others:
-        log.info("%s: left out %d file(s) that are no pictures: %s", root, len(others), _listing(others))
-    if loose:
-        log.warning("%s: left out %d picture(s) in no class folder", root, len(loose))
-    return found
+    notes: Notes = []
+    if part.others:
+        sentence = f"{root}: left out {len(part.others)} file(s) that are no pictures: {_listing(part.others)}"
+        notes.append((logging.INFO, sentence))
+    if part.loose:
+        notes.append((logging.WARNING, f"{root}: left out {len(part.loose)} picture(s) in no class folder"))
+    return notes
 
 
 def _split(
-    found: Mapping[str, list[str]], val_fraction: float, seed: int
+    found: Mapping[str, Sequence[str]], val_fraction: float, seed: int
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Split class by class, since a stratified draw over all may leave a small class on one side only."""
     train: dict[str, list[str]] = {}
@@ -284,18 +295,18 @@ def _split(
     return train, val
 
 
-def _files(found: Mapping[str, list[str]], names: Sequence[str], root: Path) -> PictureFiles:
+def _files(found: Mapping[str, Sequence[str]], names: Sequence[str], root: Path) -> PictureFiles:
     """Label pictures by the position of their folder's name among the class names."""
     _check_known([name for name, paths in found.items() if paths], names, str(root))
     return PictureFiles([Picture(path, label) for label, name in enumerate(names) for path in found.get(name, ())])
 
 
-def _held_out_files(root: Path, names: Sequence[str]) -> PictureFiles:
-    found = _class_folders(root)
-    missing = [name for name in names if not found.get(name)]
+def _held_out_files(part: Part, names: Sequence[str]) -> tuple[PictureFiles, Notes]:
+    notes = _check_part(part)
+    missing = [name for name in names if not part.pictures.get(name)]
     if missing:
-        log.warning("%s has no pictures of class %s", root, _listing(missing))
-    return _files(found, names, root)
+        notes.append((logging.WARNING, f"{part.root} has no pictures of class {_listing(missing)}"))
+    return _files(part.pictures, names, part.root), notes
 
 
 def _check_known(names: Sequence[str], known: Sequence[str], where: str) -> None:

@@ -41,7 +41,10 @@ class DataError(TransferkitError):
 
 
 class PictureError(DataError):
-    """One picture cannot be read; the message names it."""
+    """One picture cannot be read; the message names it, as ``path`` and ``cause`` do where it was raised here."""
+
+    path: str = ""
+    cause: str = ""
 
 
 class ArtifactError(TransferkitError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from transferkit.bad_pictures import check_on_bad_image, readable_files
 from transferkit.callbacks import (
     EMA,
     BestCheckpoint,
@@ -37,6 +38,7 @@ from transferkit.model import TransferModel
 from transferkit.optim import OptimizerFactory, check_rates, find_optimizer
 from transferkit.pieces import (
     build_model,
+    claimed_folder,
     class_weights,
     identity_of,
     make_activations,
@@ -45,7 +47,6 @@ from transferkit.pieces import (
     make_optimizer,
     read_pictures,
     resume_checkpoint,
-    run_folder,
 )
 from transferkit.plan import note_enlarging, plan_text
 from transferkit.prediction import Pictures, Prediction, predict
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from transferkit.lr_finder import LRFinding
+    from transferkit.run_folder import RunFolder
 
 __all__ = ["Data", "Finetuner"]
 
@@ -116,6 +118,8 @@ class Finetuner:
         patience: Epochs without a better ``monitor`` after which training ends, 1 or more; ``None`` for all epochs.
         monitor: What makes an epoch the best: ``"val_accuracy"``, ``"val_loss"`` or ``"train_loss"``.
         val_fraction: Share held out for validation where the data has no split, in (0, 1).
+        on_bad_image: What happens to picture files that cannot be read: ``"raise"`` names them before anything is
+            trained; ``"skip"`` leaves them out, says so, and lists them in ``bad_images.csv`` of ``output_dir``.
         seed: Of everything that is random, 0 or more.
         output_dir: Folder for the best model and the history; ``None`` writes nothing.
         overwrite: Whether a run that is already in ``output_dir`` may be replaced.
@@ -186,6 +190,7 @@ class Finetuner:
     patience: int | None = None
     monitor: str = "val_accuracy"
     val_fraction: float = 0.2
+    on_bad_image: str = "raise"
     seed: int = 0
     output_dir: str | os.PathLike[str] | None = None
     overwrite: bool = False
@@ -219,6 +224,7 @@ class Finetuner:
             raise SettingError(f"num_workers must be 0 or more, or None, got {self.num_workers}")
         if not 0 < self.val_fraction < 1:
             raise SettingError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+        check_on_bad_image(self.on_bad_image)
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise SettingError(f"class_weights={self.class_weights!r}; it can be 'balanced', a list, or None")
         if self.balanced and self.class_weights is not None:
@@ -313,10 +319,13 @@ class Finetuner:
             UnknownStageError: The policy names a stage that the network does not have.
             SettingError: A setting does not go with the data or the network.
         """
-        started = time.perf_counter()
         if resume not in (None, "auto"):
             raise SettingError(f"resume={resume!r}; it can be 'auto', or None to start anew")
-        folder = run_folder(self, resume=resume == "auto")
+        with claimed_folder(self, resume=resume == "auto") as folder:
+            return self._fit(data, folder, resume=resume == "auto")
+
+    def _fit(self, data: Data, folder: RunFolder | None, *, resume: bool) -> History:
+        started = time.perf_counter()
         self.data = read_pictures(self, data)
         self.model = build_model(self, self.data)
         note_enlarging(self.model, self.data.train)
@@ -368,7 +377,7 @@ class Finetuner:
             activations=trainer.plan_activations(train, val, epochs=self.epochs),
         )
         check_same_everywhere(trainer.accelerator, identity)
-        if checkpoint is not None and resume == "auto":
+        if checkpoint is not None and resume:
             state = share_object(trainer.accelerator, folder.state() if folder and trainer.is_main_process else None)
             if state is not None:
                 check_same_run(state["identity"], checkpoint.identity, folder=self.output_dir or "")
@@ -449,7 +458,7 @@ class Finetuner:
         model = self._trained()
         source: LabelledPictures
         if isinstance(data, str | os.PathLike):
-            source = labelled_folder(data, model.class_names)
+            source = readable_files(labelled_folder(data, model.class_names), on_bad_image=self.on_bad_image)
         else:
             source = from_datasets(data, data, class_names=model.class_names).val
         device = choose_device(self.device)
@@ -471,15 +480,22 @@ class Finetuner:
             pictures: A file, a folder (searched through), a PIL image, or a list of these.
 
         Returns:
-            One :class:`Prediction` per picture.
+            One :class:`Prediction` per picture that can be read.
 
         Raises:
             DataError: A path does not exist, or there is no picture.
-            PictureError: A picture cannot be read.
+            PictureError: A picture cannot be read, and none may be left out or none is left.
             SettingError: The model is not trained or loaded yet.
         """
         device = choose_device(self.device)
-        return predict(self._trained(), pictures, batch_size=self.batch_size, device=device, engine=self.engine)
+        return predict(
+            self._trained(),
+            pictures,
+            batch_size=self.batch_size,
+            device=device,
+            engine=self.engine,
+            on_bad_image=self.on_bad_image,
+        )
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Save the model and the history; :meth:`load`, and the native library, open it.

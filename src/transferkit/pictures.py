@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +19,16 @@ from torch import Tensor
 from transferkit.exceptions import DataError, PictureError, closest
 
 __all__ = [
+    "FoundFiles",
     "as_picture",
     "check_file_channels",
     "existing",
     "find_pictures",
     "list_pictures",
+    "opened_picture",
     "picture_extensions",
     "read_picture",
+    "upright",
 ]
 
 # Pillow lists these, but they are pages, films or containers: it needs Ghostscript or a handler it does not bring.
@@ -39,7 +44,9 @@ def read_picture(path: str | os.PathLike[str], *, channels: int = 3, at_least: i
     """Read one picture file as upright RGB, or with its transparency as RGBA, whatever its mode.
 
     EXIF orientation is applied, 16-bit and float greys are scaled to 8 bits, and of an animation the first frame is
-    taken. The file is closed again, and Pillow's warnings stay silent.
+    taken. The file is closed again, and Pillow's warnings stay silent. Only a regular file is opened, and none is
+    decoded that has more than 178,956,970 pixels (Pillow's limit, which guards against files that unpack to fill the
+    memory).
 
     Args:
         path: Any raster file Pillow decodes; the content decides, not the extension.
@@ -67,15 +74,45 @@ def read_picture(path: str | os.PathLike[str], *, channels: int = 3, at_least: i
         ('RGB', (4, 2), (255, 255, 255))
     """
     check_file_channels(channels)
+    with warnings.catch_warnings(action="ignore"), opened_picture(path) as image:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        return upright(image, channels)
+
+
+@contextmanager
+def opened_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open a picture file, so far undecoded; whatever goes wrong with it, here or inside the ``with``, is told alike.
+
+    Pillow warns of much that is harmless; :func:`read_picture` silences it.
+
+    Args:
+        path: As for :func:`read_picture`.
+
+    Yields:
+        Pillow's image, closed afterwards.
+
+    Raises:
+        PictureError: The file cannot be read; ``path`` and ``cause`` say which and why.
+
+    Example:
+        >>> with opened_picture("/no/such/file.jpg") as image:
+        ...     image.load()
+        Traceback (most recent call last):
+        transferkit.exceptions.PictureError: cannot read picture /no/such/file.jpg: there is no such file; ...
+    """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))
-            return _upright(image, channels)
+        # Opening a named pipe waits for somebody to write into it.
+        if not stat.S_ISREG(mode := Path(path).stat().st_mode):
+            raise IsADirectoryError("it is a folder" if stat.S_ISDIR(mode) else "it is a pipe, a device or a socket")
+        with Image.open(path, formats=_formats()) as image:
+            yield image
     # Pillow's decoders let struct.error, zlib.error, SyntaxError and more escape from damaged files.
     except Exception as error:
         cause = _cause(Path(path), error)
-        raise PictureError(f"cannot read picture {os.fspath(path)}: {cause}; replace or remove it") from error
+        refusal = PictureError(f"cannot read picture {os.fspath(path)}: {cause}; replace or remove it")
+        refusal.path, refusal.cause = os.fspath(path), cause
+        raise refusal from error
 
 
 def as_picture(image: Any, *, channels: int = 3) -> Image.Image | Tensor:
@@ -106,7 +143,7 @@ def as_picture(image: Any, *, channels: int = 3) -> Image.Image | Tensor:
     if isinstance(image, Image.Image):
         check_file_channels(channels)
         with warnings.catch_warnings(action="ignore"):
-            return _upright(image, channels)
+            return upright(image, channels)
     if isinstance(image, Tensor):
         return _checked_tensor(image, channels)
     if isinstance(image, np.ndarray):
@@ -181,7 +218,7 @@ def list_pictures(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     found: list[str] = []
     for path in map(existing, [paths] if isinstance(paths, str | os.PathLike) else paths):
         if path.is_dir():
-            pictures, others = find_pictures(path)
+            pictures, others, _ = find_pictures(path)
             if not pictures:
                 raise DataError(
                     f"no pictures in {path} or below, only {len(others)} other file(s); give another folder"
@@ -219,39 +256,51 @@ def existing(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def find_pictures(folder: Path) -> tuple[list[str], list[str]]:
+class FoundFiles(NamedTuple):
+    """Paths of the files below a folder, sorted: pictures, other files, and hidden ones, which are passed over."""
+
+    pictures: list[str]
+    others: list[str]
+    hidden: list[str]
+
+
+def find_pictures(folder: str | os.PathLike[str]) -> FoundFiles:
     """Walk a folder, symbolic links included, and tell pictures from other files.
 
     Args:
-        folder: An existing folder; hidden files and folders in it are passed over.
+        folder: An existing folder. A hidden folder in it is passed over as a whole.
 
     Returns:
-        Sorted paths of the pictures, and of the other files.
+        What lies there, by the extensions of its names; no file is opened.
 
     Source: ``os.walk``.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     find_pictures(Path(folder))
-        ([], [])
+        ...     find_pictures(folder)
+        FoundFiles(pictures=[], others=[], hidden=[])
     """
-    pictures: list[str] = []
-    others: list[str] = []
+    found = FoundFiles([], [], [])
+    known = picture_extensions()
     visited: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for walked, folders, files in os.walk(folder, followlinks=True):
+        place = Path(walked)
         # A link to a folder above would be walked for ever.
         real = os.path.realpath(place)
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
+        found.hidden.extend(str(place / name) for name in (*folders, *files) if name.startswith("."))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if not name.startswith("."):
-                kind = pictures if Path(name).suffix.lower() in picture_extensions() else others
-                kind.append(str(Path(place) / name))
-    return sorted(pictures), sorted(others)
+                file = place / name
+                (found.pictures if file.suffix.lower() in known else found.others).append(str(file))
+    for each in found:
+        each.sort()
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -267,12 +316,27 @@ def _cause(path: Path, error: Exception) -> str:
         return error.strerror
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, which may be meant to fill the memory"
     if isinstance(error, UnidentifiedImageError):
         return "its content is no picture Pillow can decode"
     return str(error) or type(error).__name__
 
 
-def _upright(image: Image.Image, channels: int) -> Image.Image:
+def upright(image: Image.Image, channels: int) -> Image.Image:
+    """Decode a picture, turn it as its EXIF block says, and give it the mode that :func:`read_picture` promises.
+
+    Args:
+        image: Of any mode, decoded or not.
+        channels: 1 or 3 for RGB, 4 for RGBA.
+
+    Returns:
+        A picture of mode ``RGB`` or ``RGBA``; Pillow's errors of a damaged file come through.
+
+    Example:
+        >>> upright(Image.new("1", (4, 2)), 3).mode
+        'RGB'
+    """
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
@@ -306,7 +370,7 @@ def _from_array(image: np.ndarray[Any, np.dtype[Any]], channels: int) -> Image.I
             # Pillow would weight the colours by a fourth channel that need not be transparency.
             return torch.from_numpy(np.moveaxis(image, 2, 0).copy())
         if channels in _FILE_CHANNELS and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
-            return _upright(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image), channels)
+            return upright(Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image), channels)
     raise DataError(
         f"a picture array has shape {image.shape} and dtype {image.dtype}; it needs uint8 "
         + ("(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)" if channels in _FILE_CHANNELS else f"(H, W, {channels})")

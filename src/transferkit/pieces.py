@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from rich.filesize import decimal
 from torch import nn
 
 from transferkit.activations import ActivationCache
+from transferkit.bad_pictures import readable_data, save_bad_images
 from transferkit.callbacks import (
     EMA,
     BestCheckpoint,
@@ -36,7 +38,7 @@ from transferkit.loading import Batches, in_channels, loader
 from transferkit.model import TransferModel
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.resident import ResidentBatches, can_be_resident, resident_bytes
-from transferkit.run_folder import RunFolder
+from transferkit.run_folder import BAD_IMAGES, RunFolder
 from transferkit.sources import LabelledPictures, PictureData
 from transferkit.transforms import Transform
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build_model",
+    "claimed_folder",
     "class_weights",
     "identity_of",
     "make_activations",
@@ -54,7 +57,6 @@ __all__ = [
     "make_optimizer",
     "read_pictures",
     "resume_checkpoint",
-    "run_folder",
     "workers_for",
 ]
 
@@ -70,6 +72,7 @@ _WITHOUT_EFFECT = {
     "checkpoint_interval",
     "device",
     "num_workers",
+    "on_bad_image",
     "output_dir",
     "overwrite",
     "precision",
@@ -78,7 +81,11 @@ _WITHOUT_EFFECT = {
 
 
 def read_pictures(settings: Finetuner, data: Data) -> PictureData:
-    """Return labelled pictures from whatever :meth:`Finetuner.fit` takes."""
+    """Return labelled pictures that can be read from whatever :meth:`Finetuner.fit` takes."""
+    return readable_data(_labelled_pictures(settings, data), on_bad_image=settings.on_bad_image)
+
+
+def _labelled_pictures(settings: Finetuner, data: Data) -> PictureData:
     if isinstance(data, PictureData):
         return data
     if isinstance(data, tuple):
@@ -193,16 +200,18 @@ def class_weights(settings: Finetuner, data: PictureData) -> Sequence[float] | N
     return [len(data.train) / (len(counts) * counts[label]) for label in range(len(data.class_names))]
 
 
-def run_folder(settings: Finetuner, *, resume: bool) -> RunFolder | None:
-    """Return the folder to write into, which has been looked at, or ``None``."""
+@contextmanager
+def claimed_folder(settings: Finetuner, *, resume: bool) -> Iterator[RunFolder | None]:
+    """Give the folder to write into, which has been looked at and belongs to this run, or ``None``."""
     if settings.output_dir is None:
         if resume:
             raise SettingError("resume goes on with the run in output_dir, and there is none; set output_dir")
-        return None
+        yield None
+        return
     folder = RunFolder(settings.output_dir, overwrite=settings.overwrite, resume=resume)
-    if is_main_process():  # it looks before it writes, and others might see what it has written
-        folder.check()
-    return folder
+    # The first process looks before it writes; others might see what it has written.
+    with folder.claimed() if is_main_process() else nullcontext():
+        yield folder
 
 
 def identity_of(settings: Finetuner, model: TransferModel, data: PictureData) -> dict[str, Any]:
@@ -229,6 +238,8 @@ def make_callbacks(
 ) -> list[Callback]:
     """Return the callbacks in their order: what looks at an epoch's weights after what makes them."""
     callbacks: list[Callback] = [_Clear(folder)] if folder is not None and folder.overwrite else []
+    if folder is not None and settings.data is not None and settings.data.left_out:
+        callbacks.append(_ListLeftOut(folder, settings.data.left_out))
     callbacks.append(LRScheduler(settings.recipe.schedule))
     if settings.ema is not None:
         callbacks.append(EMA(settings.ema))  # before what looks at the epoch's weights
@@ -241,6 +252,18 @@ def make_callbacks(
         callbacks.append(Progress(monitor=settings.monitor))
     callbacks += settings.callbacks
     return callbacks if checkpoint is None else [*callbacks, checkpoint]
+
+
+class _ListLeftOut(Callback):
+    """Write down what could not be read, before anything else can fail."""
+
+    def __init__(self, folder: RunFolder, causes: Mapping[str, str]) -> None:
+        self.folder, self.causes = folder, causes
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Do it where the run begins."""
+        if trainer.is_main_process:
+            save_bad_images(self.causes, self.folder.path / BAD_IMAGES)
 
 
 class _Clear(Callback):

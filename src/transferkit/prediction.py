@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from transferkit.bad_pictures import unreadable
 from transferkit.evaluation import collect_logits
 from transferkit.exceptions import DataError
 from transferkit.loading import loader
@@ -61,6 +62,7 @@ def predict(
     num_workers: int = 0,
     device: torch.device | None = None,
     engine: str = "eager",
+    on_bad_image: str = "raise",
 ) -> list[Prediction]:
     """Classify pictures with exactly the transform that validation uses.
 
@@ -73,13 +75,15 @@ def predict(
         num_workers: Processes that read and transform.
         device: Where to compute; ``None`` for where the model is.
         engine: What computes, one of :data:`~transferkit.inference.ENGINES`.
+        on_bad_image: What happens to files that cannot be read: ``"raise"`` names them before any is classified;
+            ``"skip"`` leaves them out and logs them.
 
     Returns:
-        One prediction per picture, in the order given; a folder's pictures are sorted.
+        One prediction per picture that can be read, in the order given; a folder's pictures are sorted.
 
     Raises:
         DataError: A path does not exist, there is no picture, or it does not have the model's channels.
-        PictureError: A picture cannot be read.
+        PictureError: A picture cannot be read, and none may be left out or none is left.
     """
     if device is not None:
         model.to(device)
@@ -97,6 +101,10 @@ def predict(
             images += found
     if not images:
         raise DataError("there are no pictures to predict")
+    files = [path for path in paths if path is not None]
+    if bad := unreadable(files, on_bad_image=on_bad_image, others=len(images) - len(files)):
+        images = [image for image, path in zip(images, paths, strict=True) if path not in bad]
+        paths = [path for path in paths if path not in bad]
     batches = loader(
         _Unlabelled(images),
         eval_transform(model.eval_preset, model.preprocessing),

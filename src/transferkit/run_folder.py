@@ -1,10 +1,14 @@
-"""The folder a run writes into: checked before anything is trained, cleared when training starts."""
+"""The folder a run writes into: checked before anything is trained, kept to one run, cleared when training starts."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transferkit.callbacks import ResumeCheckpoint
 from transferkit.checkpoint import CONFIG, HISTORY, WEIGHTS, read_config, read_weights
@@ -12,9 +16,11 @@ from transferkit.exceptions import OutputError, SettingError
 from transferkit.history import History
 from transferkit.resume import ResumeStore
 
-__all__ = ["RunFolder"]
+__all__ = ["BAD_IMAGES", "RunFolder"]
 
 RESUME = "resume"
+BAD_IMAGES = "bad_images.csv"
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -47,6 +53,61 @@ class RunFolder:
         self.overwrite, self.resume = overwrite, resume
         self.resume_path = self.path / RESUME
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Check the folder, and keep every other run out of it until the ``with`` ends, or this process does.
+
+        Where the system cannot lock files (Windows, some network drives), nobody is kept out.
+
+        Raises:
+            OutputError: As for :meth:`check`, or another run is writing into the folder.
+        """
+        self.check()
+        with self._locked():
+            self.check()  # another may have come and gone
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            fcntl: Any = importlib.import_module("fcntl")
+        except ImportError:
+            yield
+            return
+        file = self._open_lock(fcntl)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (self.path / _LOCK).unlink()
+            file.close()
+
+    def _open_lock(self, fcntl: Any) -> IO[str]:
+        while True:
+            try:
+                file = (self.path / _LOCK).open("a+", encoding="utf-8")
+            except OSError as error:
+                raise OutputError(f"the output folder {self.path} cannot be written: {error}") from error
+            try:
+                # Not flock: worker processes inherit that, and may outlive a run that was killed.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                file.close()
+                raise OutputError(
+                    f"{who} is writing a run into {self.path}; wait for it, or choose another folder"
+                ) from None
+            except OSError:  # a drive without locks
+                return file
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), (self.path / _LOCK).stat()):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
+                    return file
+            file.close()  # whoever had it has removed it meanwhile
+
     def check(self) -> None:
         """Make sure that the folder can be written and holds no run that must be kept.
 
@@ -69,15 +130,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"the output folder {self.path} cannot be written: {error}") from error
 
     def clear(self) -> None:
         """Remove the run that is to be replaced."""
         ResumeStore(self.resume_path).clear()
-        for file in self._present():
-            file.unlink()
+        for file in (*self._present(), self.path / BAD_IMAGES):
+            file.unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any] | None:
         """Return what a run goes on from.

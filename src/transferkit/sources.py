@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
 
@@ -55,7 +55,7 @@ class LabelledPictures(Protocol):
         """Return the same pictures for a network that takes so many channels; see ``as_picture`` for what they are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A picture file and the index of its class.
 
@@ -204,6 +204,7 @@ class PictureData:
         val: Pictures to validate on.
         class_names: Name of class ``i`` at position ``i``.
         test: Pictures for a last check, where there are some.
+        left_out: Files that cannot be read, each with the cause.
 
     Example:
         >>> files = PictureFiles([Picture("cats/1.jpg", 0), Picture("dogs/1.jpg", 1)])
@@ -215,6 +216,7 @@ class PictureData:
     val: LabelledPictures
     class_names: tuple[str, ...]
     test: LabelledPictures | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def train_labels(self) -> list[int]:
         """Return the training labels in order; folders are not decoded for it."""
