@@ -56,14 +56,14 @@ def child(folder: Path, budget: str) -> None:
     from transferkit.allocator import tune_allocator
 
     class Memory(Callback):
-        """Notes the most memory in use after any batch, files that are mapped included."""
+        """Notes the most memory in use after any batch, without files that are mapped: the system may drop those."""
 
         def __init__(self) -> None:
             self.peak = 0
 
         def on_train_batch_end(self, trainer: object) -> None:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.peak = max(self.peak, pages * os.sysconf("SC_PAGE_SIZE"))
+            resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+            self.peak = max(self.peak, (resident - shared) * os.sysconf("SC_PAGE_SIZE"))
 
         on_frozen_pass_batch_end = on_train_batch_end
 
@@ -118,9 +118,19 @@ def main() -> None:
                         f"{seen['later']:.2f}",
                         f"{seen['later'] / count * 1000:.2f}",
                         f"{seen['peak'] / 2**20:.0f} MiB",
+                        f"{seen['most'] / 2**20:.0f} MiB",
                     ]
                 )
-    head = ["pictures", "cache", "budget", "first epoch, s", "later epoch, s", "later, ms per picture", "peak memory"]
+    head = [
+        "pictures",
+        "cache",
+        "budget",
+        "first epoch, s",
+        "later epoch, s",
+        "later, ms/picture",
+        "memory",
+        "with files",
+    ]
     report = f"""# The activation cache as pictures become more
 
 {datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()}), Python {platform.python_version()},
@@ -128,7 +138,8 @@ commit {commit()}.
 `python benchmarks/cache_scaling.py`
 
 Made pictures of {SIDE} px, ResNet-18 with random weights, stem and first stage frozen, {EPOCHS} epochs, in one process
-without workers. `none` is a run that keeps nothing. Memory is what the process holds, imports included (about 600 MiB).
+without workers. `none` is a run that keeps nothing. Memory is the most that the process held of its own, imports
+included, and with what it had mapped of files, which the system takes back when it needs room.
 
 {markdown_table(head, rows)}
 """
