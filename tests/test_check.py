@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from test_cli import _restore_logging, run  # noqa: F401  # the fixture works by being here
 from test_fingerprints import scene
+from transferkit import Finetuner
 from transferkit.check import DataCheck, check_data
 from transferkit.exceptions import DataError
 
@@ -203,6 +204,18 @@ def test_json_stands_alone_and_says_all(folder: Folder) -> None:
     assert found["findings"][0]["pictures"] == [
         [str(root / "train" / "ants" / "0.png"), str(root / "val" / "ants" / "copy.png")]
     ]
+
+
+def test_a_run_warns_of_identical_files_that_would_hurt(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder()
+    shutil.copy(root / "train" / "ants" / "0.png", root / "train" / "ants" / "copy.png")
+    tuner = Finetuner("timm/test_resnet", weights=None, image_size=32, epochs=1, progress=False)
+    tuner.fit(root)
+    assert "same file" not in caplog.text
+    shutil.copy(root / "train" / "ants" / "0.png", root / "val" / "bees" / "copy.png")
+    tuner.fit(root)
+    assert "are the same file are trained on and validated on" in caplog.text.replace("that ", "")
+    assert "have two labels" in caplog.text
 
 
 def test_progress_counts_all_files(folder: Folder) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from transferkit.exceptions import DataError, OutputError, PictureError, SettingError
+from transferkit.fingerprints import PictureFacts
 from transferkit.scan import scan_pictures
 from transferkit.sources import PictureData, PictureFiles
 
 __all__ = [
     "ON_BAD_IMAGE",
     "check_on_bad_image",
+    "facts_of",
     "readable_data",
     "readable_files",
     "save_bad_images",
@@ -36,11 +38,28 @@ def check_on_bad_image(on_bad_image: str) -> None:
         raise SettingError(f"on_bad_image={on_bad_image!r}; it can be {' or '.join(ON_BAD_IMAGE)}")
 
 
-def readable_data(data: PictureData, *, on_bad_image: str = "raise") -> PictureData:
-    """Decode all picture files of a data set once, and leave out those that cannot be read, or refuse them.
+def facts_of(data: PictureData) -> dict[str, PictureFacts]:
+    """Decode all picture files of a data set once; returns what is known of each, by path.
+
+    Args:
+        data: Sources that are no files have no facts.
+
+    Example:
+        >>> files = PictureFiles([])
+        >>> facts_of(PictureData(files, files, ("cats", "dogs")))
+        {}
+    """
+    parts = [each for each in (data.train, data.val, data.test) if isinstance(each, PictureFiles)]
+    paths = list(dict.fromkeys(picture.path for part in parts for picture in part.pictures))
+    return dict(zip(paths, scan_pictures(paths), strict=True)) if paths else {}
+
+
+def readable_data(data: PictureData, facts: Mapping[str, PictureFacts], *, on_bad_image: str = "raise") -> PictureData:
+    """Leave out the picture files of a data set that cannot be read, or refuse them.
 
     Args:
         data: Sources that are no files are taken as they are.
+        facts: Of :func:`facts_of`.
         on_bad_image: One of :data:`ON_BAD_IMAGE`.
 
     Returns:
@@ -52,12 +71,10 @@ def readable_data(data: PictureData, *, on_bad_image: str = "raise") -> PictureD
 
     Example:
         >>> files = PictureFiles([])
-        >>> readable_data(PictureData(files, files, ("cats", "dogs"))).left_out
+        >>> readable_data(PictureData(files, files, ("cats", "dogs")), {}).left_out
         {}
     """
-    parts = [each for each in (data.train, data.val, data.test) if isinstance(each, PictureFiles)]
-    paths = [picture.path for part in parts for picture in part.pictures]
-    causes = unreadable(paths, on_bad_image=on_bad_image)
+    causes = _refused_or_told(facts, on_bad_image=on_bad_image)
     if not causes:
         return data
     train, val, test = (_without(each, causes) for each in (data.train, data.val, data.test))
@@ -100,12 +117,16 @@ def unreadable(paths: Sequence[str], *, on_bad_image: str = "raise", others: int
         Traceback (most recent call last):
         transferkit.exceptions.PictureError: cannot read picture /no/such/file.jpg: there is no such file; ...
     """
-    facts = scan_pictures(paths) if paths else []
-    causes = {path: each.cause for path, each in zip(paths, facts, strict=True) if each.cause is not None}
+    facts = dict(zip(paths, scan_pictures(paths), strict=True)) if paths else {}
+    return _refused_or_told(facts, on_bad_image=on_bad_image, others=others)
+
+
+def _refused_or_told(facts: Mapping[str, PictureFacts], *, on_bad_image: str, others: int = 0) -> dict[str, str]:
+    causes = {path: each.cause for path, each in facts.items() if each.cause is not None}
     if not causes:
         return causes
-    listed = f"{len(causes)} of {len(paths)} pictures cannot be read: {_told(causes)}"
-    none_left = not others and len(causes) == len(set(paths))
+    listed = f"{len(causes)} of {len(facts)} pictures cannot be read: {_told(causes)}"
+    none_left = not others and len(causes) == len(facts)
     if on_bad_image == "raise" or none_left:
         if len(causes) == 1:
             [(path, cause)] = causes.items()

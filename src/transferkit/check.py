@@ -13,9 +13,9 @@ from transferkit.exceptions import DataError
 from transferkit.fingerprints import PictureFacts, near_pairs
 from transferkit.folders import Part, list_parts
 from transferkit.scan import scan_pictures
-from transferkit.sources import LabelledPictures, PictureFiles
+from transferkit.sources import LabelledPictures, PictureData, PictureFiles
 
-__all__ = ["DataCheck", "Finding", "check_data"]
+__all__ = ["DataCheck", "Finding", "check_data", "same_files"]
 
 # From here on a picture or a class is worth a word; nothing is done about it.
 _RATIO, _SHORT, _PIXELS = 4, 32, 50_000_000
@@ -146,6 +146,30 @@ def check_data(
     return DataCheck(os.fspath(root), counts, unreadable, tuple(findings))
 
 
+def same_files(data: PictureData, facts: Mapping[str, PictureFacts]) -> list[Finding]:
+    """Find the identical files of a data set: leaks, two labels, and harmless ones.
+
+    Args:
+        data: Sources that are no files are left out.
+        facts: Of :func:`transferkit.bad_pictures.facts_of`.
+
+    Example:
+        >>> from transferkit.sources import Picture
+        >>> train, val = PictureFiles([Picture("a.jpg", 0)]), PictureFiles([Picture("b.jpg", 0)])
+        >>> facts = {path: PictureFacts(content=b"the same") for path in ("a.jpg", "b.jpg")}
+        >>> [finding.kind for finding in same_files(PictureData(train, val, ("cats", "dogs")), facts)]
+        ['leak']
+    """
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    looked = [
+        _Looked(picture.path, part, data.class_names[picture.label], facts[picture.path])
+        for part, source in parts.items()
+        if isinstance(source, PictureFiles)
+        for picture in source.pictures
+    ]
+    return _copies_told([group for group in _by_content(looked) if len(group) > 1], "", "are the same file")
+
+
 _Classes = Mapping[str, Sequence[str]]
 
 
@@ -181,15 +205,20 @@ def _unreadable(causes: Mapping[str, str]) -> list[Finding]:
 
 def _copies(looked: Sequence[_Looked]) -> list[Finding]:
     """Tell copies by where they are: on both sides of the split, under two labels, or harmlessly together."""
-    by_content: dict[bytes, list[_Looked]] = defaultdict(list)
-    for each in looked:
-        by_content[each.facts.content].append(each)
-    exact = [group for group in by_content.values() if len(group) > 1]
+    groups = _by_content(looked)
+    exact = [group for group in groups if len(group) > 1]
     # Of identical files one stands for all.
-    distinct = [group[0] for group in by_content.values()]
+    distinct = [group[0] for group in groups]
     pairs = near_pairs([each.facts.look for each in distinct])
     near = [[distinct[pair.first], distinct[pair.second]] for pair in pairs]
     return [*_copies_told(exact, "", "are the same file"), *_copies_told(near, "near ", "look the same")]
+
+
+def _by_content(looked: Sequence[_Looked]) -> list[list[_Looked]]:
+    by_content: dict[bytes, list[_Looked]] = defaultdict(list)
+    for each in looked:
+        by_content[each.facts.content].append(each)
+    return list(by_content.values())
 
 
 def _copies_told(groups: Sequence[Sequence[_Looked]], how: str, words: str) -> list[Finding]:

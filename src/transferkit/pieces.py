@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from torch import nn
 
 from transferkit.activations import ActivationCache
-from transferkit.bad_pictures import readable_data, save_bad_images
+from transferkit.bad_pictures import facts_of, readable_data, save_bad_images
 from transferkit.callbacks import (
     EMA,
     BestCheckpoint,
@@ -28,6 +28,7 @@ from transferkit.callbacks import (
     ResumeCheckpoint,
     UnfreezeLogger,
 )
+from transferkit.check import same_files
 from transferkit.checkpoint import HISTORY
 from transferkit.create import adapt, create_model
 from transferkit.data import from_datasets, image_folder
@@ -81,8 +82,14 @@ _WITHOUT_EFFECT = {
 
 
 def read_pictures(settings: Finetuner, data: Data) -> PictureData:
-    """Return labelled pictures that can be read from whatever :meth:`Finetuner.fit` takes."""
-    return readable_data(_labelled_pictures(settings, data), on_bad_image=settings.on_bad_image)
+    """Return labelled pictures that can be read from whatever :meth:`Finetuner.fit` takes; warn of what would hurt."""
+    pictures = _labelled_pictures(settings, data)
+    facts = facts_of(pictures)
+    readable = readable_data(pictures, facts, on_bad_image=settings.on_bad_image)
+    for finding in same_files(readable, facts):
+        if finding.hurts:
+            logger.warning("%s", finding.message)
+    return readable
 
 
 def _labelled_pictures(settings: Finetuner, data: Data) -> PictureData:
