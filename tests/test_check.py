@@ -191,7 +191,7 @@ def test_the_terminal_shows_counts_findings_and_a_verdict(folder: Folder) -> Non
     shutil.copy(root / "train" / "ants" / "0.png", root / "val" / "ants" / "copy.png")
     (root / "train" / "ants" / "notes.txt").touch()
     lines = run("check", root, expect=1)[0].splitlines()
-    assert lines[5].startswith("! leak: 1 group(s) of pictures that are the same file are trained on and validated on")
+    assert lines[5].startswith("! leak: 1 set(s) of identical files are trained on and validated on")
     assert lines[6].startswith("- left out: 1 file(s) that are no pictures: ")
     assert lines[7] == "something here would hurt (!)"
 
@@ -211,10 +211,10 @@ def test_a_run_warns_of_identical_files_that_would_hurt(folder: Folder, caplog: 
     shutil.copy(root / "train" / "ants" / "0.png", root / "train" / "ants" / "copy.png")
     tuner = Finetuner("timm/test_resnet", weights=None, image_size=32, epochs=1, progress=False)
     tuner.fit(root)
-    assert "same file" not in caplog.text
+    assert "identical" not in caplog.text
     shutil.copy(root / "train" / "ants" / "0.png", root / "val" / "bees" / "copy.png")
     tuner.fit(root)
-    assert "are the same file are trained on and validated on" in caplog.text.replace("that ", "")
+    assert "1 set(s) of identical files are trained on and validated on" in caplog.text
     assert "have two labels" in caplog.text
 
 

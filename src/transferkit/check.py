@@ -167,7 +167,7 @@ def same_files(data: PictureData, facts: Mapping[str, PictureFacts]) -> list[Fin
         if isinstance(source, PictureFiles)
         for picture in source.pictures
     ]
-    return _copies_told([group for group in _by_content(looked) if len(group) > 1], "", "are the same file")
+    return _copies_told([group for group in _by_content(looked) if len(group) > 1], "", "set(s) of identical files")
 
 
 _Classes = Mapping[str, Sequence[str]]
@@ -211,7 +211,10 @@ def _copies(looked: Sequence[_Looked]) -> list[Finding]:
     distinct = [group[0] for group in groups]
     pairs = near_pairs([each.facts.look for each in distinct])
     near = [[distinct[pair.first], distinct[pair.second]] for pair in pairs]
-    return [*_copies_told(exact, "", "are the same file"), *_copies_told(near, "near ", "look the same")]
+    return [
+        *_copies_told(exact, "", "set(s) of identical files"),
+        *_copies_told(near, "near ", "pair(s) of pictures that look the same"),
+    ]
 
 
 def _by_content(looked: Sequence[_Looked]) -> list[list[_Looked]]:
@@ -240,7 +243,7 @@ def _copies_told(groups: Sequence[Sequence[_Looked]], how: str, words: str) -> l
         Finding(
             how + kind,
             kind != "duplicates",
-            f"{len(found)} group(s) of pictures that {words} {what[kind]}: "
+            f"{len(found)} {words} {what[kind]}: "
             f"{_listing(' = '.join(each.path for each in group) for group in found)}",
             tuple(tuple(each.path for each in group) for group in found),
         )
