@@ -1,6 +1,10 @@
 import json
+import os
 import pickle
+import shutil
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from timm.data import resolve_data_config
 from torch import nn
 from torchvision import models
 
-from transferkit.checkpoint import load_artifact, load_weights, read_config, save_artifact
+from transferkit.artifact_config import sealed
+from transferkit.checkpoint import load_artifact, load_weights, read_config, save_artifact, save_temperature
 from transferkit.create import adapt, create_model
 from transferkit.exceptions import ArtifactError, OutputError, TransferkitError
 from transferkit.preprocessing import Preprocessing
@@ -50,10 +55,11 @@ def artifact(tmp_path):
 
 
 def edited(artifact, change):
+    """Change a config as somebody would who makes its checksum anew."""
     file = artifact / "config.json"
     config = json.loads(file.read_text())
     change(config)
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(sealed(config)))
 
 
 def said(error) -> str:
@@ -77,6 +83,8 @@ def said(error) -> str:
         ("torchvision/squeezenet1_1", {}),
         ("torchvision/squeezenet1_1", {"hidden_size": 8}),
         ("torchvision/squeezenet1_1", {"dropout": 0.2}),
+        ("torchvision/mnasnet0_5", {}),
+        ("torchvision/regnet_y_400mf", {}),
         ("timm/test_vit", {}),
     ],
 )
@@ -223,7 +231,7 @@ def test_a_config_cannot_make_loading_open_another_file(artifact, tmp_path):
     edited(artifact, lambda config: config["transferkit"]["arguments"].update(checkpoint_path=str(planted)))
     with pytest.raises(ArtifactError) as error:
         load_artifact(artifact)
-    assert "arguments that no saved model has (checkpoint_path)" in said(error)
+    assert "transferkit.arguments has fields that no saved model has: 'checkpoint_path'" in said(error)
     assert not loot.exists()
 
 
@@ -244,20 +252,36 @@ def test_garbage_instead_of_a_config_is_named(artifact, content):
     (artifact / "config.json").write_bytes(content)
     with pytest.raises(ArtifactError) as error:
         load_artifact(artifact)
-    assert "is no config of a model saved by transferkit" in said(error)
+    assert "is no config of a saved model" in said(error)
 
 
 def test_a_config_that_is_a_folder_is_named(tmp_path):
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ArtifactError, match="holds no saved model"):
+    with pytest.raises(ArtifactError, match=r"'config.json' is no plain file; put the file itself there"):
         load_artifact(tmp_path)
 
 
 def test_a_newer_format_asks_for_an_upgrade(artifact):
-    edited(artifact, lambda config: config["transferkit"].update(format=2))
+    edited(artifact, lambda config: config["transferkit"].update(format=3))
     with pytest.raises(ArtifactError) as error:
         load_artifact(artifact)
-    assert "has format 2; this version reads up to 1: upgrade transferkit" in said(error)
+    assert "has format 3; this version reads up to 2: upgrade transferkit" in said(error)
+
+
+def test_the_first_format_still_opens(artifact):
+    model = load_artifact(artifact)
+
+    def first(config):
+        own = config["transferkit"]
+        for name in ("weights_sha256", "temperature", "small_images", "stem"):
+            del own[name]
+        own["format"] = 1
+
+    edited(artifact, first)
+    config = json.loads((artifact / "config.json").read_text())
+    del config["transferkit"]["config_sha256"]
+    (artifact / "config.json").write_text(json.dumps(config))
+    assert_same_logits(load_artifact(artifact), model)
 
 
 @pytest.mark.parametrize("names", [[], [1, 2, 3], "abc", None])
@@ -265,7 +289,7 @@ def test_class_names_must_be_there(artifact, names):
     edited(artifact, lambda config: config["transferkit"].update(class_names=names))
     with pytest.raises(ArtifactError) as error:
         load_artifact(artifact)
-    assert "names no classes" in said(error)
+    assert "transferkit.class_names" in said(error)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +316,7 @@ def test_a_config_that_does_not_make_sense_is_named(artifact, key, value):
     edited(artifact, lambda config: config["transferkit"].update({key: value}))
     with pytest.raises(ArtifactError) as error:
         load_artifact(artifact)
-    assert "cannot be rebuilt" in said(error) or "cannot be used" in said(error)
+    assert "cannot be rebuilt" in said(error) or "is no config of a saved model" in said(error)
 
 
 @pytest.mark.parametrize("key", ["backbone", "head", "preprocessing", "eval_transform", "arguments", "weights"])
@@ -300,7 +324,7 @@ def test_a_config_that_lacks_something_is_named(artifact, key):
     edited(artifact, lambda config: config["transferkit"].pop(key))
     with pytest.raises(ArtifactError) as error:
         load_artifact(artifact)
-    assert said(error) == f"{artifact / 'config.json'} is damaged: it lacks {key}"
+    assert said(error) == f"{artifact / 'config.json'} is no config of a saved model: transferkit lacks '{key}'"
 
 
 JSON = st.recursive(
@@ -315,7 +339,7 @@ JSON = st.recursive(
 def test_any_other_value_in_a_config_loads_or_is_an_artifact_error(artifact, data):
     original = (artifact / "config.json").read_text()
     place = json.loads(original)["transferkit"]
-    key = data.draw(st.sampled_from(sorted(set(place) - {"versions", "native", "weights"})))
+    key = data.draw(st.sampled_from(sorted(set(place) - {"versions", "native", "weights", "config_sha256"})))
     inner = sorted(place[key]) if isinstance(place[key], dict) and place[key] else [None]
     path = [key, data.draw(st.sampled_from(inner))]
     value = data.draw(JSON)
@@ -429,6 +453,156 @@ def test_an_interrupt_while_writing_leaves_the_old_files(artifact, monkeypatch):
     monkeypatch.setattr("transferkit.checkpoint.save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_artifact(made("timm/test_efficientnet"), artifact)
+    assert contents(artifact) == before
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+OPERATIONS = ("fsync", "replace", "unlink", "mkdir", "rmdir")
+
+
+def killed_saves(folder, model):
+    """Save a model, and let no file operation happen from the so many-th on; yield after each number."""
+    before = shutil.copytree(folder, folder.with_name("before"))
+    for at in range(1, 100):
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+        left = at
+
+        def wrapped(function):
+            def call(*args, **options):
+                nonlocal left
+                left -= 1
+                if left <= 0:
+                    raise Killed
+                return function(*args, **options)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in OPERATIONS:
+                patch.setattr(os, name, wrapped(getattr(os, name)))
+            with suppress(Killed):
+                save_artifact(model, folder)
+        yield folder
+        if left > 0:
+            shutil.rmtree(before)
+            return
+    raise AssertionError("the save never ran through")
+
+
+def test_a_save_that_is_killed_at_any_operation_leaves_the_old_or_the_new_model(tmp_path):
+    models = [made("timm/test_efficientnet", hidden_size=width) for width in (2, 3, 4)]
+
+    def opened(folder):
+        """Tell which model is there, whole."""
+        model = load_artifact(folder)
+        number = model.head.hidden_size - 2
+        assert_same_logits(model, models[number])
+        return number
+
+    folder, between, seen = save_artifact(models[0], tmp_path / "run"), None, []
+    for state in killed_saves(folder, models[1]):
+        seen.append(opened(state))
+        if seen[-1] == 1 and between is None:
+            between = shutil.copytree(state, tmp_path / "between")
+    assert len(seen) > 6
+    assert set(seen) == {0, 1}
+    assert seen == sorted(seen)
+    assert sorted(path.name for path in between.iterdir()) == [".partial", "config.json", "model.safetensors"]
+    assert {opened(state) for state in killed_saves(between, models[2])} == {1, 2}  # killed again, where a save was
+    assert sorted(path.name for path in between.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# One process that imports torch, and a child for each kill.
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from transferkit.checkpoint import load_artifact, save_artifact
+from transferkit.create import create_model
+
+torch.set_num_threads(1)
+folder, kills, chance, seen = sys.argv[1], int(sys.argv[2]), random.Random(0), []
+
+def made(classes):
+    return create_model("timm/test_efficientnet", num_classes=classes, weights=None, image_size=32, seed=classes)
+
+models = [made(classes) for classes in (2, 3)]  # other heads: a mixture of the two would not open
+save_artifact(models[0], folder)
+started = time.perf_counter()
+save_artifact(models[0], folder)
+usual = time.perf_counter() - started
+for kill in range(kills):
+    child = os.fork()
+    if not child:
+        try:
+            while True:
+                for model in models:
+                    save_artifact(model, folder)
+        finally:
+            os._exit(1)
+    time.sleep(chance.uniform(0, 4 * usual))
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the writer ended by itself"
+    found = load_artifact(folder)
+    classes = len(found.class_names)
+    wanted = models[classes - 2].network.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in found.network.state_dict().items())
+    seen.append(classes)
+print(sorted(set(seen)))
+"""
+
+
+@pytest.mark.long
+def test_a_process_that_is_killed_while_saving_leaves_a_whole_model(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "run"), "50"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[2, 3]\n"
+
+
+def test_an_error_between_the_two_moves_leaves_the_new_model(artifact, monkeypatch):
+    model = made("timm/test_efficientnet", hidden_size=4)
+    real = os.replace
+
+    def failing(source, target):
+        if Path(target).name == "config.json":
+            raise OSError("the disk is gone")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OutputError) as error:
+            save_artifact(model, artifact)
+    assert said(error).endswith("the disk is gone")
+    assert_same_logits(load_artifact(artifact), model)
+    other = made("timm/test_efficientnet", dropout=0.5)
+    save_artifact(other, artifact)
+    assert load_artifact(artifact).head.dropout == 0.5
+    assert sorted(path.name for path in artifact.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_temperature_goes_with_the_model_of_a_save_that_was_killed_half_way(tmp_path):
+    models = [made("timm/test_efficientnet", hidden_size=width) for width in (2, 3)]
+    folder = save_artifact(models[0], tmp_path / "run")
+    between = next(state for state in killed_saves(folder, models[1]) if load_artifact(state).head.hidden_size == 3)
+    save_temperature(between, 1.5)
+    model = load_artifact(between)
+    assert model.temperature == 1.5
+    assert_same_logits(model, models[1])
+    assert sorted(path.name for path in between.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_could_not_be_opened_again_is_not_saved(artifact):
+    before = contents(artifact)
+    model = made("timm/test_efficientnet")
+    model.class_names = ("x" * 10_001, "b", "c")
+    with pytest.raises(OutputError, match=r"label_names\[0\] is 'xxx.*xxx', and must be a text of 10,000 char"):
+        save_artifact(model, artifact)
+    with pytest.raises(OutputError, match=r"config.json would have [\d,]+ bytes, 16,777,216 at most"):
+        save_artifact(made("timm/test_efficientnet"), artifact, extra={"note": "x" * 2**24})
     assert contents(artifact) == before
 
 

@@ -78,7 +78,7 @@ def test_one_channel_has_the_mean_of_three_and_three_stay_themselves() -> None:
 
 @pytest.mark.parametrize("count", [0, -2])
 def test_fewer_channels_than_one_are_refused(count: int) -> None:
-    with pytest.raises(SettingError, match=f"a network takes 1 or more channels, got {count}"):
+    with pytest.raises(SettingError, match=f"channels must be from 1 to 1,000, got {count}"):
         Preprocessing().with_channels(count)
 
 
@@ -95,11 +95,11 @@ def test_differences_name_each_value_that_is_another() -> None:
     ("values", "message"),
     [
         ({"mean": (), "std": ()}, "one value per channel"),
-        ({"size": 0}, "1 <= size <= resize_size"),
+        ({"size": 0}, "size must be from 1 to 16,384, got 0"),
         ({"size": 300}, "got size=300, resize_size=256"),
         ({"mean": (0.5,)}, "one value per channel"),
-        ({"std": (0.5, 0.5, 0.0)}, "std above 0"),
-        ({"std": (0.5, 0.5, float("nan"))}, "std above 0"),
+        ({"std": (0.5, 0.5, 0.0)}, "std must be above 0, got 0.0"),
+        ({"std": (0.5, 0.5, float("nan"))}, "std must be a finite number, above 0, got nan"),
         ({"interpolation": "lanczos"}, "interpolation='lanczos'; it can be nearest, bilinear or bicubic"),
         ({"crop": "five"}, "crop='five'; it can be center, squash or border"),
     ],
@@ -111,7 +111,7 @@ def test_values_outside_their_range_are_refused(values: dict[str, Any], message:
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_size_below_one_pixel_is_refused(size: int) -> None:
-    with pytest.raises(SettingError, match="1 or more pixels"):
+    with pytest.raises(SettingError, match=f"image_size must be from 1 to 16,384, got {size}"):
         Preprocessing().resized(size)
 
 

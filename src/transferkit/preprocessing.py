@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from transferkit.exceptions import ArtifactError, SettingError
+from transferkit.ranges import LARGEST_SIDE, MOST_CHANNELS, check_number, check_whole_number
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing"]
 
@@ -51,12 +52,17 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Validate every value."""
-        if self.size < 1 or self.resize_size < self.size:
+        check_whole_number("size", self.size, at_least=1, at_most=LARGEST_SIDE)
+        check_whole_number("resize_size", self.resize_size, at_least=1, at_most=64 * LARGEST_SIDE)
+        if self.resize_size < self.size:
             raise SettingError(
                 f"preprocessing needs 1 <= size <= resize_size, got size={self.size}, resize_size={self.resize_size}"
             )
-        if not self.mean or len(self.mean) != len(self.std) or any(not value > 0 for value in self.std):
-            raise SettingError(f"mean={self.mean} and std={self.std} need one value per channel, std above 0")
+        if not self.mean or len(self.mean) != len(self.std):
+            raise SettingError(f"mean={self.mean} and std={self.std} need one value per channel")
+        for mean, std in zip(self.mean, self.std, strict=True):
+            check_number("mean", mean)
+            check_number("std", std, above=0)
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise SettingError(f"interpolation={self.interpolation!r}; it can be nearest, bilinear or bicubic")
         if self.crop not in ("center", "squash", "border"):
@@ -78,7 +84,7 @@ class Preprocessing:
             channels: New number of channels, 1 or more.
 
         Raises:
-            SettingError: ``channels`` is below 1.
+            SettingError: ``channels`` is outside its range.
 
         Source: timm ``adapt_input_conv`` is the rule for the kernels.
 
@@ -86,8 +92,7 @@ class Preprocessing:
             >>> Preprocessing(mean=(0.25, 0.5, 0.75), std=(0.25, 0.25, 0.25)).with_channels(4).mean
             (0.25, 0.5, 0.75, 0.5)
         """
-        if channels < 1:
-            raise SettingError(f"a network takes 1 or more channels, got {channels}")
+        check_whole_number("channels", channels, at_least=1, at_most=MOST_CHANNELS)
         if channels == self.channels:
             return self
         return replace(self, mean=_for_channels(self.mean, channels), std=_for_channels(self.std, channels))
@@ -115,10 +120,9 @@ class Preprocessing:
             size: New side in pixels, 1 or more.
 
         Raises:
-            SettingError: ``size`` is below 1.
+            SettingError: ``size`` is outside its range.
         """
-        if size < 1:
-            raise SettingError(f"image size must be 1 or more pixels, got {size}")
+        check_whole_number("image_size", size, at_least=1, at_most=LARGEST_SIDE)
         return replace(self, size=size, resize_size=max(size, math.floor(self.resize_size * size / self.size)))
 
     def to_dict(self) -> dict[str, Any]:

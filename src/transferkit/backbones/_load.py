@@ -18,6 +18,7 @@ from transferkit.backbones._state_dict import read_state_dict
 from transferkit.backbones._weights import fit_state_dict
 from transferkit.backbones.stem import change_stem, describe, plan_stem, stem_arguments
 from transferkit.exceptions import SettingError, UnknownModelError
+from transferkit.ranges import LARGEST_SIDE, MOST_CHANNELS, check_whole_number
 
 __all__ = ["ModelInfo", "build_network", "list_models", "load_backbone", "model_info", "resolve_name"]
 
@@ -124,8 +125,8 @@ def load_backbone(
         WeightsError: The weights do not exist, cannot be read, or do not fit.
         SettingError: A value is outside its range, or the network cannot take such pictures.
     """
-    if in_chans < 1:
-        raise SettingError(f"in_chans must be 1 or more channels, got {in_chans}; photographs have 3, greys 1")
+    check_whole_number("image_size", image_size, at_least=1, at_most=LARGEST_SIDE, or_none=True)
+    check_whole_number("in_chans", in_chans, at_least=1, at_most=MOST_CHANNELS, hint="photographs have 3, greys 1")
     if aux not in ("train", "drop"):
         raise SettingError(f"aux={aux!r}; it can be 'train' or 'drop'")
     if small_images not in ("upsample", "stem"):

@@ -115,7 +115,7 @@ def fit_state_dict(
         What matched, was missing and was left over; also logged, as a warning if the backbone is incomplete.
 
     Raises:
-        WeightsError: Less than 90 % of the backbone matched; nothing has been loaded then.
+        WeightsError: Less than 90 % of the backbone matched, or a value is not finite; nothing has been loaded then.
 
     Source: timm ``load_pretrained``; torchvision ``interpolate_embeddings``.
 
@@ -162,6 +162,7 @@ def fit_state_dict(
             f"match, 90 % are needed ({len(matched)} of {len(body)} matched; {'; '.join(problems)}); "
             "pass weights of the same architecture from the same library, or weights=None"
         )
+    _check_values(source, {key: tensors[key] for key in own if key in loadable}, own)
     with torch.no_grad():
         for key in loadable:
             own[key].copy_(tensors[key])
@@ -280,13 +281,28 @@ def _further_blocks(network: nn.Module, keys: Iterable[str], heads: tuple[str, .
     return found
 
 
+def _check_values(source: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse numbers with which no network computes anything."""
+    for key, theirs in tensors.items():
+        is_counter = not own[key].is_floating_point()
+        if theirs.is_complex() or not (is_counter or theirs.is_floating_point()):
+            raise WeightsError(
+                f"{source} holds {key} as {theirs.dtype}, the network as {own[key].dtype}; save it as such"
+            )
+        if not is_counter and not torch.isfinite(theirs.float()).all():
+            raise WeightsError(
+                f"{source} holds values in {key} that are no finite numbers; the file is damaged, or training "
+                "diverged: copy it again, or pass other weights"
+            )
+
+
 def _with_own_channels(
     network: nn.Module, tensors: dict[str, Tensor], own: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
     """Adapt the first kernels to the channels that the network takes."""
     for name in input_convolutions(network):
         theirs, ours = tensors.get(f"{name}.weight"), own.get(f"{name}.weight")
-        if theirs is None or ours is None or theirs.ndim != 4 or theirs.shape[1] == ours.shape[1]:
+        if theirs is None or ours is None or theirs.ndim != 4 or theirs.shape[1] in (0, ours.shape[1]):
             continue
         have, want = theirs.shape[1], ours.shape[1]
         pixels = have // 3
