@@ -9,11 +9,9 @@ process of its own; the second check finds what the first has remembered. Memory
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from _report import markdown_table
-from _runs import commit, processor
+from _runs import hand_out, heading
 from PIL import Image
 
 COUNTS = (1_000, 10_000, 100_000)
@@ -104,18 +102,13 @@ def main() -> None:
     head = ["files", "list, s", "memory, bytes/file", "check, s", "ms/file", "check again, s", "ms/file"]
     report = f"""# Listing and checking as files become more
 
-{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()}), Python {platform.python_version()},
-commit {commit()}.
-`python benchmarks/check_scaling.py`
+{heading("check_scaling.py")}
 
 Made JPEG pictures of 48 px in {CLASSES} classes. `check` decodes every file; `check again` finds what is remembered.
 
 {markdown_table(head, rows)}
 """
-    if options.output is None:
-        print(report)
-    else:
-        options.output.write_text(report, encoding="utf-8")
+    hand_out(report, options.output)
 
 
 if __name__ == "__main__":

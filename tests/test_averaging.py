@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transferkit.callbacks import EMA, BestCheckpoint, Callback, LRScheduler
 from transferkit.checkpoint import load_artifact
 from transferkit.create import adapt
-from transferkit.exceptions import SettingError
+from transferkit.exceptions import CallbackError, SettingError
 from transferkit.freezing import FreezePolicy, FullFinetune, LinearProbe, ScheduledUnfreeze
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.preprocessing import Preprocessing
@@ -125,7 +125,7 @@ def test_an_average_that_forgets_at_once_is_the_weights(tiny_model):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_outside_its_range_is_refused(decay):
-    with pytest.raises(SettingError, match="decay must be at least 0 and below 1, got"):
+    with pytest.raises(SettingError, match=r"decay must be .*at least 0 and below 1, got"):
         EMA(decay)
 
 
@@ -160,7 +160,7 @@ def test_a_validation_that_is_broken_off_leaves_the_training_weights(tiny_model,
     fitted(tiny_model(), plain, epochs=1)
     breaking = Break()
     setattr(breaking, hook, stop)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(CallbackError, match="Break"):
         fitted(broken, EMA(0.9), breaking)
     assert different(plain.ended[0], tensors(broken.network)) == []
 

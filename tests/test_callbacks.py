@@ -3,6 +3,8 @@ import io
 import json
 import logging
 import math
+import traceback
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from transferkit.callbacks import (
     LRScheduler,
     Progress,
     ResumeCheckpoint,
+    StepRecorder,
     TensorBoard,
     UnfreezeLogger,
 )
-from transferkit.exceptions import OutputError, SettingError
+from transferkit.checkpoint import load_artifact
+from transferkit.exceptions import CallbackError, OutputError, SettingError
 from transferkit.freezing import FullFinetune, LinearProbe, ScheduledUnfreeze
 from transferkit.history import EpochRecord, History
 from transferkit.loading import loader
@@ -48,6 +52,7 @@ MAKE = {
     "LRScheduler": lambda folder: LRScheduler(Cosine()),
     "Progress": lambda folder: Progress(Console(file=io.StringIO())),
     "ResumeCheckpoint": lambda folder: ResumeCheckpoint(folder / "resume"),
+    "StepRecorder": lambda folder: StepRecorder(),
     "TensorBoard": lambda folder: TensorBoard(folder / "tensorboard"),
     "UnfreezeLogger": lambda folder: UnfreezeLogger(),
 }
@@ -105,7 +110,7 @@ def test_every_callback_can_be_told_of_an_error_at_any_time(name, tiny_model, tm
     callback.on_exception(trainer_of(tiny_model()))
     for hook in HOOKS[:-1]:
         frozen = {"policy": LinearProbe(), "activations": ActivationCache()} if "frozen" in hook else {}
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(CallbackError):
             fitted(tiny_model(), MAKE[name](tmp_path), Break(hook), **frozen)
     fitted(tiny_model(), callback)
     callback.on_exception(trainer_of(tiny_model()))
@@ -203,7 +208,7 @@ def test_monitored_figures_and_directions_must_exist(make):
 
 
 def test_patience_below_one_is_refused():
-    with pytest.raises(SettingError, match="patience must be 1 or more epochs, got 0"):
+    with pytest.raises(SettingError, match="patience must be 1 or more, got 0"):
         EarlyStopping(patience=0)
 
 
@@ -329,7 +334,7 @@ def test_progress_shows_a_bar_in_a_terminal_and_takes_it_away(tiny_model):
 
 def test_progress_takes_its_bar_away_after_an_error(tiny_model):
     console = Console(file=io.StringIO(), force_terminal=True)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(CallbackError):
         fitted(tiny_model(), Progress(console), Break("on_train_batch_end"))
     fitted(tiny_model(), Progress(console))  # rich refuses a second live bar
 
@@ -373,7 +378,7 @@ def test_tensorboard_holds_the_history_and_the_heads_lr(tiny_model, tmp_path):
 def test_tensorboard_keeps_what_was_logged_before_an_error(tiny_model, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(CallbackError):
         fitted(tiny_model(), TensorBoard(tmp_path), Break("on_train_epoch_end"))
     assert len(EventAccumulator(str(tmp_path)).Reload().Scalars("val_loss")) == 1
 
@@ -386,3 +391,151 @@ def test_unfreezing_is_logged_once_per_change(tiny_model, caplog):
         "epoch 1: training head",
         "epoch 3: training stem, stage1, stage2, stage3, stage4, stage5, head",
     ]
+
+
+# Callbacks that fail
+
+
+def kept(hook):
+    """Settings with which a fit calls the hook."""
+    return {"policy": LinearProbe(), "activations": ActivationCache()} if "frozen" in hook else {}
+
+
+@pytest.mark.parametrize("hook", HOOKS[:-1])
+def test_an_error_of_a_callback_names_its_class_and_hook_and_is_the_cause(hook, tiny_model):
+    with pytest.raises(CallbackError, match=rf"^Break\.{hook} has failed \(ZeroDivisionError\)$") as failed:
+        fitted(tiny_model(), Break(hook), **kept(hook))
+    assert isinstance(failed.value.__cause__, ZeroDivisionError)
+    assert any(entry.name == "raise_error" for entry in traceback.extract_tb(failed.value.__cause__.__traceback__))
+
+
+def test_what_a_callbacks_error_says_is_told_in_one_line(tiny_model):
+    class Wordy(Callback):
+        def on_fit_start(self, trainer):
+            raise OSError("no\n  such  server")
+
+    with pytest.raises(CallbackError, match=r"^Wordy\.on_fit_start has failed \(OSError: no such server\)$"):
+        fitted(tiny_model(), Wordy())
+
+
+class Hear(Callback):
+    """Notes every hook."""
+
+    def __init__(self):
+        self.heard = []
+        for hook in HOOKS:
+            setattr(self, hook, lambda trainer, hook=hook: self.heard.append(hook))
+
+
+BEHIND = {
+    "on_validation_end": ["on_validation_end", "on_train_epoch_end", "on_exception"],
+    "on_train_epoch_end": ["on_validation_end", "on_train_epoch_end", "on_exception"],
+    "on_fit_end": ["on_validation_end", "on_train_epoch_end", "on_fit_end", "on_exception"],
+}
+"""What a callback behind the one that fails hears after the validation has begun."""
+
+
+@pytest.mark.parametrize("hook", BEHIND)
+def test_callbacks_behind_one_that_fails_still_end_the_epoch_and_the_run(hook, tiny_model):
+    hear = Hear()
+    with pytest.raises(CallbackError):
+        fitted(tiny_model(), Break(hook), hear, epochs=1)
+    assert hear.heard[hear.heard.index("on_validation_start") + 1 :] == BEHIND[hook]
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS[:-1] if hook not in BEHIND])
+def test_callbacks_behind_one_that_fails_within_an_epoch_hear_of_the_error_alone(hook, tiny_model):
+    hear = Hear()
+    with pytest.raises(CallbackError):
+        fitted(tiny_model(), Break(hook), hear, epochs=1, **kept(hook))
+    assert hook not in hear.heard
+    assert hear.heard[-1] == "on_exception"
+
+
+def test_of_several_that_fail_the_first_is_told(tiny_model):
+    class Second(Break):
+        pass
+
+    with pytest.raises(CallbackError, match=r"Break\.on_fit_end"):
+        fitted(tiny_model(), Break("on_fit_end"), Second("on_fit_end"))
+
+
+def test_a_callback_that_fails_where_it_is_told_of_an_error_does_not_hide_it(tiny_model, caplog):
+    hear = Hear()
+    with pytest.raises(CallbackError, match=r"Break\.on_train_batch_end"):
+        fitted(tiny_model(), Break("on_exception"), Break("on_train_batch_end"), hear)
+    assert hear.heard[-1] == "on_exception"
+    assert "Break.on_exception has failed (ZeroDivisionError)" in caplog.text
+
+
+@pytest.mark.parametrize("error", [OutputError("the disk is full"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_fit_end"])
+def test_errors_that_are_ours_and_wishes_to_end_go_through_as_they_are(hook, error, tiny_model):
+    class Raise(Break):
+        def raise_error(self, trainer):
+            raise error
+
+    hear = Hear()
+    with pytest.raises(type(error)) as raised:
+        fitted(tiny_model(), Raise(hook), hear, epochs=1)
+    assert raised.value is error
+    assert hook not in hear.heard
+    assert hear.heard[-1] == "on_exception"
+
+
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
+def test_a_state_that_a_callback_cannot_give_or_take_is_named(method, tiny_model, tmp_path):
+    class Forgetful(Callback):
+        def state_dict(self):
+            return {"seen": 1 // (method != "state_dict")}
+
+        def load_state_dict(self, state):
+            raise KeyError("saw")
+
+    checkpoint = ResumeCheckpoint(tmp_path)
+
+    def save_and_load():
+        fitted(tiny_model(), Forgetful(), checkpoint, epochs=1)
+        trainer_of(tiny_model(), Forgetful(), checkpoint).load_state_dict(checkpoint.read())
+
+    with pytest.raises(CallbackError, match=rf"^Forgetful\.{method} has failed"):
+        save_and_load()
+
+
+def test_a_trainer_whose_callback_has_failed_goes_on_after_the_epochs_that_are_done(tiny_model):
+    class Once(Callback):
+        armed = True
+
+        def on_validation_end(self, trainer):
+            if trainer.epoch == 1 and self.armed:
+                self.armed = False
+                raise ZeroDivisionError
+
+    whole, parts = tiny_model(), tiny_model()
+    fitted(whole, epochs=3)
+    trainer = trainer_of(parts, Once())
+    with pytest.raises(CallbackError):
+        trainer.fit(batches(4, 4), batches(4), epochs=3)
+    assert len(trainer.history) == 2
+    trainer.fit(batches(4, 4), batches(4), epochs=3)
+    first, second = whole.network.state_dict(), parts.network.state_dict()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_a_best_model_that_could_not_be_saved_is_not_taken_for_saved(tiny_model, tmp_path, small_files):
+    class Full(Callback):
+        def on_validation_start(self, trainer):
+            if trainer.epoch == 1:
+                stack.enter_context(small_files(1000))
+
+    best = BestCheckpoint(tmp_path / "best", monitor="train_loss")
+    trainer = trainer_of(tiny_model(), best, Full())
+    with ExitStack() as stack, pytest.raises(OutputError, match=r"the model cannot be saved in .*File too large"):
+        trainer.fit(batches(4, 4), batches(4), epochs=3)
+    assert len(trainer.history) == 2
+    assert best.best == trainer.history.records[0]
+    saved = load_artifact(tmp_path / "best")
+    assert sorted(each.name for each in (tmp_path / "best").iterdir()) == ["config.json", "model.safetensors"]
+    best.restore(trainer)
+    first, second = saved.network.state_dict(), trainer.model.network.state_dict()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from test_cli import _restore_logging, run  # noqa: F401  # the fixture works by being here
@@ -15,6 +16,7 @@ from test_fingerprints import scene
 from transferkit import Finetuner
 from transferkit.check import DataCheck, check_data
 from transferkit.exceptions import DataError
+from transferkit.preprocessing import Preprocessing
 
 Folder = Callable[..., Path]
 
@@ -222,3 +224,46 @@ def test_progress_counts_all_files(folder: Folder) -> None:
     seen: list[tuple[int, int]] = []
     check_data(folder(), on_progress=lambda done, count: seen.append((done, count)))
     assert seen[-1] == (18, 18)
+
+
+def test_features_that_an_earlier_run_kept_find_copies_that_were_changed_more(folder: Folder, tmp_path: Path) -> None:
+    root = folder()
+    original = root / "train" / "ants" / "0.png"
+    with Image.open(original) as picture:
+        picture.convert("RGB").rotate(180).save(root / "val" / "ants" / "turned.png")
+    assert kinds(check_data(root)) == []
+    cache = tmp_path / "cache"
+    # The network sees an upside-down picture as the same: its pictures are averaged over their places.
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 64, 1),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 5),
+    )
+    tuner = Finetuner(
+        network,
+        weights=None,
+        policy="head",
+        epochs=1,
+        train_preset="none",
+        num_workers=0,
+        cache_dir=cache,
+        progress=False,
+        preprocessing=Preprocessing(size=64, resize_size=64),
+    )
+    tuner.fit(root)
+    found = check_data(root, cache_dir=cache)
+    assert ("near leak", True) in kinds(found)
+    [leak] = [finding for finding in found.findings if finding.kind == "near leak"]
+    assert (str(original), str(root / "val" / "ants" / "turned.png")) in leak.pictures
+    out, _ = run("check", root, "--cache-dir", cache, expect=1)
+    assert "near leak" in out
+
+
+@pytest.mark.parametrize("content", [None, "no json", '{"facts": 1}'])
+def test_a_cache_that_holds_nothing_of_use_changes_nothing(folder: Folder, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "cache" / "one").mkdir(parents=True)
+        (tmp_path / "cache" / "one" / "activations.json").write_text(content)
+    assert kinds(check_data(folder(), cache_dir=tmp_path / "cache")) == []

@@ -146,7 +146,7 @@ def test_folders_that_cannot_be_used_are_explained(tmp_path):
         image_folder(tmp_path)
     with pytest.raises(DataError, match=r"no pictures in class folder 'bird', 'fish' of"):
         image_folder(make(tmp_path / "pets", fish=0, bird=0))
-    with pytest.raises(SettingError, match=r"val_fraction=1\.0; it can be above 0 and below 1"):
+    with pytest.raises(SettingError, match=r"val_fraction must be above 0 and below 1, got 1\.0"):
         image_folder(tmp_path, val_fraction=1.0)
 
 

@@ -686,6 +686,28 @@ def test_a_document_of_another_make_is_an_artifact_error(written, tmp_path, chan
 
 
 @pytest.mark.parametrize(
+    ("part", "name"), [(None, "code"), ("state", "path"), ("constant", "url")], ids=["document", "state", "constant"]
+)
+def test_a_field_that_no_state_has_is_named(written, tmp_path, part, name):
+    shutil.copytree(written, tmp_path / "resume")
+    document = json.loads((written / "state.json").read_bytes())
+    forge(tmp_path / "resume", **({name: 1} if part is None else {part: {**document[part], name: 1}}))
+    with pytest.raises(
+        ArtifactError, match=rf"state.json has or lacks '{name}', unlike a state of this format.*{ANEW}$"
+    ):
+        ResumeStore(tmp_path / "resume").read()
+
+
+def test_a_field_that_every_state_has_is_missed(written, tmp_path):
+    shutil.copytree(written, tmp_path / "resume")
+    document = json.loads((written / "state.json").read_bytes())
+    del document["state"]["size"]
+    forge(tmp_path / "resume", state=document["state"])
+    with pytest.raises(ArtifactError, match=rf"state.json has or lacks 'size', unlike a state of this format.*{ANEW}$"):
+        ResumeStore(tmp_path / "resume").read()
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "../state-1.safetensors",
@@ -787,6 +809,17 @@ def test_a_header_that_claims_more_than_there_is_is_an_artifact_error(written, t
     claimed = {"size": len(content), "crc32": zlib.crc32(content)}
     forge(folder, state={**document["state"], **claimed})
     with pytest.raises(ArtifactError, match=ANEW):
+        ResumeStore(folder).read()
+
+
+def test_a_header_that_is_too_large_is_refused_unread(written, tmp_path):
+    folder = tmp_path / "resume"
+    shutil.copytree(written, folder)
+    document = json.loads((written / "state.json").read_bytes())
+    content = (2**24 + 1).to_bytes(8, "little") + b" " * 2**24
+    (folder / "state-1.safetensors").write_bytes(content)
+    forge(folder, state={**document["state"], "size": len(content)})
+    with pytest.raises(ArtifactError, match=rf"its header claims 16,777,217 bytes, 16,777,216 at most\); {ANEW}$"):
         ResumeStore(folder).read()
 
 

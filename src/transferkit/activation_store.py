@@ -16,9 +16,10 @@ from torch import Tensor
 
 from transferkit.exceptions import OutputError
 
-__all__ = ["ActivationStore"]
+__all__ = ["ABOUT", "ActivationStore"]
 
-_ABOUT = "activations.json"
+ABOUT = "activations.json"
+"""File that says what kept activations were made from."""
 _FORMAT = 1
 _RELEASE = 64 * 2**20  # bytes that may be mapped in before they are handed back to the system
 _AROUND = 64 * 2**10  # bytes that the system maps in where one is asked for
@@ -35,6 +36,11 @@ class ActivationStore:
         tensors: One per kept tensor, each (rows, …).
         dtypes: The types in which they are read.
         folder: Where their files are, or ``None`` in memory.
+        maps: The mapped files, if they are.
+        written: Whether the rows are there already.
+
+    Attributes:
+        written: (rows,) bool, which rows were ever written.
 
     Example:
         >>> store = ActivationStore.create(3, [torch.zeros(1, 2)])
@@ -50,9 +56,11 @@ class ActivationStore:
         *,
         folder: Path | None = None,
         maps: Sequence[Any] = (),
+        written: bool = False,
     ) -> None:
         """Hold them."""
         self.tensors, self.dtypes, self.folder = tuple(tensors), tuple(dtypes), folder
+        self.written = torch.full((len(self.tensors[0]),), written)
         self._maps = list(maps)
         self._touched = 0
         self._stays = False
@@ -103,7 +111,7 @@ class ActivationStore:
             in_memory: Whether to read the files now instead of mapping them.
         """
         try:
-            about = json.loads((folder / _ABOUT).read_text())
+            about = json.loads((folder / ABOUT).read_text())
             if about["format"] != _FORMAT or about["facts"] != facts:
                 return None
             kept, dtypes = ([getattr(torch, str(name)) for name in about[part]] for part in ("kept", "dtypes"))
@@ -114,7 +122,7 @@ class ActivationStore:
             return None
         if any(len(each) != rows for each in tensors):
             return None
-        store = cls(tensors, dtypes, folder=folder, maps=() if in_memory else arrays)
+        store = cls(tensors, dtypes, folder=folder, maps=() if in_memory else arrays, written=True)
         store._stays = True
         return store
 
@@ -137,7 +145,7 @@ class ActivationStore:
                 "dtypes": [_word(each) for each in self.dtypes],
                 "facts": dict(facts),
             }
-            (self.folder / _ABOUT).write_text(json.dumps(about, indent=1))
+            (self.folder / ABOUT).write_text(json.dumps(about, indent=1))
             if folder.exists():  # it could not be opened
                 shutil.rmtree(folder)
             self.folder.rename(folder)
@@ -163,6 +171,7 @@ class ActivationStore:
         """
         for kept, each in zip(self.tensors, tensors, strict=True):
             kept[rows] = each.detach().to("cpu", kept.dtype)
+        self.written[rows] = True
         self._release(len(rows))
 
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ from transferkit.distribution import everywhere
 from transferkit.exceptions import SettingError, SplitError
 from transferkit.freezing import FreezePolicy
 from transferkit.frozen_pass import FrozenPass
-from transferkit.loading import Batches
+from transferkit.loading import Batches, none_left
 from transferkit.model import TrainingOutput, TransferModel, as_output
+from transferkit.ranges import check_whole_number
 from transferkit.splitting import Split, Suffix, split
 
 if TYPE_CHECKING:
@@ -141,10 +143,13 @@ class KeptBatches:
     def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Go through the epoch's batches: activations, each (B, …), and labels (B,)."""
         for keys in self.batches.batch_keys():
-            rows = torch.tensor([index for _, index, _ in keys])
-            views = [(epoch + view) % self.views for epoch, _, view in keys]
-            *activations, labels = self._read(rows, views)
-            yield tuple(activations), labels
+            wanted = [(index, (epoch + view) % self.views) for epoch, index, view in keys]
+            found = [(index, view) for index, view in wanted if self._store(view).written[index]]
+            if found:
+                *activations, labels = self._read(torch.tensor([index for index, _ in found]), [v for _, v in found])
+                yield tuple(activations), labels
+            elif self.batches.order.shuffle:
+                raise none_left(self.batches.lost or ())
 
     def close(self) -> None:
         """Let go of everything."""
@@ -199,8 +204,7 @@ class ActivationCache:
         dtype: str = "auto",
     ) -> None:
         """Store and check the settings."""
-        if views is not None and views < 0:
-            raise SettingError(f"views must be 0 or more, or None, got {views}")
+        check_whole_number("views", views, at_least=0, or_none=True)
         if dtype not in DTYPES:
             raise SettingError(f"cache_dtype={dtype!r}; it can be {', '.join(DTYPES)}")
         self.views, self.budget = views, check_budget(budget)
@@ -364,7 +368,7 @@ def check_budget(budget: int | str | None) -> int | None:
     """Return a budget in bytes.
 
     Raises:
-        SettingError: It is below 0, or a text without a unit that is known.
+        SettingError: It is no whole number, below 0, or a text without a unit that is known.
 
     Example:
         >>> check_budget("1GB")
@@ -373,12 +377,12 @@ def check_budget(budget: int | str | None) -> int | None:
     if budget is None:
         return None
     try:
-        size = int(convert_file_size_to_int(budget))
-    except ValueError:
+        size = convert_file_size_to_int(budget) if isinstance(budget, str) else budget
+    except (ValueError, OverflowError):  # infinitely many gigabytes
         size = -1
-    if size < 0:
+    if not isinstance(size, Integral) or isinstance(size, bool) or size < 0:
         raise SettingError(f"cache_budget={budget!r}; it can be a number of bytes, or a text such as '256MiB' or '2GB'")
-    return size
+    return int(size)
 
 
 def _worth_reading(halves: Split, size: int) -> bool:

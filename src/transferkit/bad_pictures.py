@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transferkit.exceptions import DataError, OutputError, PictureError, SettingError
+from transferkit.exceptions import ArtifactError, DataError, OutputError, PictureError, SettingError
 from transferkit.fingerprints import PictureFacts
 from transferkit.scan import scan_pictures
 from transferkit.sources import PictureData, PictureFiles
@@ -20,6 +20,7 @@ __all__ = [
     "ON_BAD_IMAGE",
     "check_on_bad_image",
     "facts_of",
+    "load_bad_images",
     "readable_data",
     "readable_files",
     "save_bad_images",
@@ -76,7 +77,7 @@ def readable_data(data: PictureData, facts: Mapping[str, PictureFacts], *, on_ba
     """
     causes = _refused_or_told(facts, on_bad_image=on_bad_image)
     if not causes:
-        return data
+        return replace(data, left_out=dict(data.left_out))
     train, val, test = (_without(each, causes) for each in (data.train, data.val, data.test))
     left = Counter(train.labels())
     for label in Counter(data.train.labels()):
@@ -152,6 +153,19 @@ def save_bad_images(causes: Mapping[str, str], path: str | os.PathLike[str]) -> 
             writer.writerows(causes.items())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
+
+
+def load_bad_images(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read what :func:`save_bad_images` wrote: the cause by path.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return {row["path"]: row["cause"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise ArtifactError(f"{path} is no list of pictures that cannot be read: {error}") from error
 
 
 def _told(causes: Mapping[str, str], *, most: int = 5) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transferkit.loading import EpochSampler
+from transferkit.sampling import EpochSampler
 
 __all__ = ["Inputs", "cut_up", "moved", "names_of", "start_epoch", "windows"]
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from transferkit.data import sort_pictures
 from transferkit.exceptions import DataError
 from transferkit.fingerprints import PictureFacts, near_pairs
 from transferkit.folders import Part, list_parts
+from transferkit.kept_features import MOST, alike_pairs, kept_features
 from transferkit.scan import scan_pictures
 from transferkit.sources import LabelledPictures, PictureData, PictureFiles
 
@@ -98,12 +102,14 @@ def check_data(
     val_fraction: float = 0.2,
     seed: int = 0,
     remember: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
     """Decode every picture of a folder once and say what would hurt: unreadable files, leaks, wrong labels and more.
 
     A leak is a picture, or one that looks the same, that is trained on and validated on: it makes the figures too good.
-    Near duplicates are told by :func:`transferkit.fingerprints.near_pairs`.
+    Near duplicates are told by :func:`transferkit.fingerprints.near_pairs`, and by the features of a network where an
+    earlier run has kept them.
 
     Args:
         root: As for :func:`transferkit.image_folder`. Where it has no ``val/``, the split that a run would make is
@@ -111,6 +117,8 @@ def check_data(
         val_fraction: As for :func:`transferkit.image_folder`.
         seed: The same.
         remember: Whether the next look at the same files is to be fast (:func:`transferkit.scan.scan_pictures`).
+        cache_dir: That of an earlier run that trained a head on these pictures, whose features then tell more near
+            duplicates (:func:`transferkit.kept_features.kept_features`).
         on_progress: Called with the number of files done and of all.
 
     Raises:
@@ -129,7 +137,7 @@ def check_data(
         (True, ['leak', 'two labels'])
     """
     listed = list_parts(root)
-    parts, findings = _sorted_into_parts(listed, val_fraction, seed)
+    data, parts, findings = _sorted_into_parts(listed, val_fraction, seed)
     places = [(path, part, label) for part, classes in parts.items() for label in classes for path in classes[label]]
     report = None if on_progress is None else (lambda done: on_progress(done, len(places)))
     facts = scan_pictures([path for path, *_ in places], remember=remember, on_progress=report)
@@ -137,7 +145,8 @@ def check_data(
     unreadable = {each.path: each.facts.cause for each in looked if each.facts.cause is not None}
     readable = [each for each in looked if each.facts.cause is None]
     findings += _unreadable(unreadable)
-    findings += _copies(readable)
+    features = {} if data is None or cache_dir is None else _features(data, unreadable, cache_dir)
+    findings += _copies(readable, features)
     findings += _classes(parts)
     findings += _oddities(readable)
     findings += _left_out(list(listed.values()))
@@ -175,16 +184,17 @@ _Classes = Mapping[str, Sequence[str]]
 
 def _sorted_into_parts(
     listed: Mapping[str, Part], val_fraction: float, seed: int
-) -> tuple[dict[str, _Classes], list[Finding]]:
+) -> tuple[PictureData | None, dict[str, _Classes], list[Finding]]:
     """Sort files as a run would; where it would refuse, as they lie."""
     as_they_lie = {part.replace("all", "train"): each.pictures for part, each in listed.items()}
     try:
         data, _ = sort_pictures(listed, val_fraction=val_fraction, seed=seed)
     except DataError as error:
-        return as_they_lie, [Finding("structure", True, str(error))]
+        return None, as_they_lie, [Finding("structure", True, str(error))]
     if "all" not in listed:
-        return as_they_lie, []
-    return {"train": _by_class(data.train, data.class_names), "val": _by_class(data.val, data.class_names)}, []
+        return data, as_they_lie, []
+    sides = {"train": data.train, "val": data.val}
+    return data, {name: _by_class(side, data.class_names) for name, side in sides.items()}, []
 
 
 def _by_class(source: LabelledPictures, names: Sequence[str]) -> _Classes:
@@ -203,18 +213,34 @@ def _unreadable(causes: Mapping[str, str]) -> list[Finding]:
     return [Finding("unreadable", True, message, tuple((path,) for path in causes))]
 
 
-def _copies(looked: Sequence[_Looked]) -> list[Finding]:
+def _copies(looked: Sequence[_Looked], features: Mapping[str, Tensor]) -> list[Finding]:
     """Tell copies by where they are: on both sides of the split, under two labels, or harmlessly together."""
     groups = _by_content(looked)
     exact = [group for group in groups if len(group) > 1]
     # Of identical files one stands for all.
     distinct = [group[0] for group in groups]
-    pairs = near_pairs([each.facts.look for each in distinct])
-    near = [[distinct[pair.first], distinct[pair.second]] for pair in pairs]
+    pairs = {(pair.first, pair.second) for pair in near_pairs([each.facts.look for each in distinct])}
+    known = [index for index, each in enumerate(distinct) if each.path in features]
+    if known:
+        alike = alike_pairs(torch.stack([features[distinct[index].path] for index in known]))
+        pairs |= {(known[one], known[other]) for one, other in alike}
+    near = [[distinct[one], distinct[other]] for one, other in sorted(pairs)]
     return [
         *_copies_told(exact, "", "set(s) of identical files"),
         *_copies_told(near, "near ", "pair(s) of pictures that look the same"),
     ]
+
+
+def _features(data: PictureData, unreadable: Mapping[str, str], directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return what an earlier run kept of the readable pictures, by path."""
+    found: dict[str, Tensor] = {}
+    for source in (data.train, data.val):
+        assert isinstance(source, PictureFiles)
+        files = replace(source, pictures=[each for each in source.pictures if each.path not in unreadable])
+        features = kept_features(files, directory)
+        if features is not None:
+            found.update(zip((picture.path for picture in files.pictures), features, strict=True))
+    return found if len(found) <= MOST else {}
 
 
 def _by_content(looked: Sequence[_Looked]) -> list[list[_Looked]]:

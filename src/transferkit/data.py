@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Subset
 
-from transferkit.exceptions import DataError, SettingError, closest
+from transferkit.exceptions import DataError, closest
 from transferkit.folders import Part, data_folder, find_parts, list_part, list_parts
-from transferkit.loading import EpochSampler, SampleKey, TransformedDataset, loader
+from transferkit.loading import TransformedDataset, loader
 from transferkit.pictures import list_pictures, picture_extensions, read_picture
 from transferkit.randomness import derive_seed
+from transferkit.ranges import check_number, check_seed
+from transferkit.sampling import EpochSampler, SampleKey
 from transferkit.sources import (
     DatasetPictures,
     LabelledPictures,
@@ -59,6 +62,7 @@ def image_folder(
     val_fraction: float = 0.2,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    natural_sort: bool = False,
 ) -> PictureData:
     """Find the labelled pictures of a folder; a folder inside it is a class, and its name the class's name.
 
@@ -73,13 +77,15 @@ def image_folder(
         seed: Decides which pictures that is, 0 or more.
         class_names: Names to map the folders onto, as a saved model has them; by default those of the training
             folders, sorted.
+        natural_sort: Whether classes are sorted by the numbers in their names, ``2`` before ``10``, and not letter by
+            letter. A saved model holds its classes in their order either way.
 
     Returns:
         The sources and the class names; no picture has been opened yet.
 
     Raises:
         DataError: The folder is missing or has no class folders, a class is empty, unknown or the only one.
-        SettingError: ``val_fraction`` is outside its range.
+        SettingError: ``val_fraction`` or ``seed`` is outside its range.
 
     Source: the layout of torchvision ``ImageFolder``, whose class order can differ between train and val.
 
@@ -94,7 +100,11 @@ def image_folder(
         (('cats', 'dogs'), [0, 1], {'cats': 1, 'dogs': 1})
     """
     data, notes = sort_pictures(
-        list_parts(root, known=class_names or ()), val_fraction=val_fraction, seed=seed, class_names=class_names
+        list_parts(root, known=class_names or ()),
+        val_fraction=val_fraction,
+        seed=seed,
+        class_names=class_names,
+        natural_sort=natural_sort,
     )
     _tell(notes)
     return data
@@ -110,6 +120,7 @@ def sort_pictures(
     val_fraction: float = 0.2,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    natural_sort: bool = False,
 ) -> tuple[PictureData, Notes]:
     """Sort listed files into training and validation, as :func:`image_folder` says, and tell what is left out.
 
@@ -118,13 +129,14 @@ def sort_pictures(
         val_fraction: As for :func:`image_folder`.
         seed: The same.
         class_names: The same.
+        natural_sort: The same.
 
     Raises:
         DataError: As for :func:`image_folder`, but for a folder that is missing.
-        SettingError: ``val_fraction`` is outside its range.
+        SettingError: ``val_fraction`` or ``seed`` is outside its range.
     """
-    if not 0 < val_fraction < 1:
-        raise SettingError(f"val_fraction={val_fraction}; it can be above 0 and below 1")
+    check_number("val_fraction", val_fraction, above=0, below=1)
+    check_seed(seed)
     part = parts.get("train") or parts.get("all")
     if part is None:
         found = next(iter(parts.values())).root.parent
@@ -141,7 +153,7 @@ def sort_pictures(
             f"only one class, {_listing(part.pictures)}, in {part.root}; "
             "give the folder that holds two or more class folders"
         )
-    names = tuple(class_names or sorted(part.pictures))
+    names = tuple(class_names or sorted(part.pictures, key=_natural if natural_sort else None))
     held_out = parts.get("val") or parts.get("test")
     if held_out is None:
         train, val = _split(part.pictures, val_fraction, seed)
@@ -160,6 +172,12 @@ def sort_pictures(
     test_files, test_notes = _held_out_files(parts["test"], names) if {"val", "test"} <= parts.keys() else (None, [])
     data = PictureData(_files(part.pictures, names, part.root), val_files, names, test_files)
     return data, [*notes, *val_notes, *test_notes]
+
+
+def _natural(name: str) -> tuple[list[int | str], str]:
+    """Return what sorts names by the numbers in them; texts and numbers alternate, so that like meets like."""
+    pieces = re.split(r"(\d+)", name)
+    return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)], name
 
 
 def labelled_folder(root: str | os.PathLike[str], class_names: Sequence[str]) -> PictureFiles:

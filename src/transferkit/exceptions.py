@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtifactError",
+    "CallbackError",
     "DataError",
+    "ExportError",
     "OutputError",
     "PictureError",
     "SettingError",
@@ -49,6 +51,14 @@ class PictureError(DataError):
 
 class ArtifactError(TransferkitError):
     """A saved model or its ``config.json`` is missing, damaged, or from a newer format."""
+
+
+class ExportError(TransferkitError):
+    """A network cannot be exported, what was exported gives other logits, or it cannot be pushed."""
+
+
+class CallbackError(TransferkitError):
+    """A callback has raised something; the message names it and its hook, and the error that it raised is the cause."""
 
 
 class OutputError(TransferkitError):

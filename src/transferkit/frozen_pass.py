@@ -19,9 +19,10 @@ from torch import Tensor
 from transferkit.activation_store import ActivationStore
 from transferkit.distribution import everywhere
 from transferkit.evaluation import is_worth_preparing
+from transferkit.exceptions import PictureError
 from transferkit.identity import contents_of
 from transferkit.inference import fast_forward
-from transferkit.loading import Batches
+from transferkit.loading import Batches, none_left
 from transferkit.model import TransferModel
 from transferkit.splitting import Split
 from transferkit.transforms import Transform, is_preset
@@ -82,7 +83,7 @@ class FrozenPass:
             training: Whether they are trained on, and computed in the precision of training.
 
         Raises:
-            PictureError: A picture cannot be read.
+            PictureError: A picture cannot be read and may not be left out, or none can be read.
             OutputError: The files cannot be written.
         """
         self._precision = self.accelerator.autocast if training else nullcontext  # a model is measured as it predicts
@@ -99,20 +100,19 @@ class FrozenPass:
             logger.info("activations of %d pictures are those of an earlier run, %s", len(ordered.pictures), kept)
             return found
         store = self._computed(ordered, in_files=True)
-        store.keep(kept, facts=facts)
+        if bool(store.written.all()):
+            store.keep(kept, facts=facts)
         return store
 
     def _computed(self, ordered: Batches, *, in_files: bool) -> ActivationStore:
         count, world = len(ordered.pictures), ordered.order.world_size
         folder = self.folder / f"transferkit-{secrets.token_hex(8)}.partial" if in_files else None
         store: ActivationStore | None = None
-        batches = iter(ordered)
-        keys = ordered.batch_keys()
+        batches = ordered.with_rows()
         rounds = math.ceil(math.ceil(count / world) / (ordered.batch_size or count))
         try:
             for done in range(1, rounds + 1):
-                batch = next(batches, None)
-                rows = [] if batch is None else [index for _, index, _ in next(keys)]
+                rows, batch = next(batches, ([], None))
                 for some_rows, tensors in self._shared(rows, batch):
                     if store is None:
                         store = ActivationStore.create(count, tensors, dtype=self.dtype, folder=folder)
@@ -122,7 +122,8 @@ class FrozenPass:
             if store is not None:
                 store.close()
             raise
-        assert store is not None
+        if store is None:
+            raise none_left(ordered.lost or ())
         return store
 
     def _shared(self, rows: list[int], batch: tuple[Tensor, Tensor] | None) -> list[tuple[list[int], list[Tensor]]]:
@@ -147,7 +148,12 @@ class FrozenPass:
     def _facts(self, ordered: Batches) -> dict[str, Any] | None:
         """Say what the activations are a function of, or ``None`` where that is not known."""
         pictures = ordered.pictures
-        contents = contents_of(pictures.source)
+        try:
+            contents = contents_of(pictures.source)
+        except PictureError:
+            if not pictures.skip:
+                raise
+            return None  # the pass will say which, and do without
         if contents is None or not is_preset(pictures.transform):
             logger.info("activations are not kept for later runs: only those of files under a named transform are")
             return None

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import repeat
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from transferkit.exceptions import DataError, SettingError, TransferkitError
-from transferkit.randomness import derive_seed, seeded
+from transferkit.exceptions import DataError, PictureError, SettingError, TransferkitError
+from transferkit.randomness import seeded
+from transferkit.ranges import MOST_PER_BATCH, MOST_WORKERS, check_whole_number
+from transferkit.sampling import EpochSampler, SampleKey
 from transferkit.sources import LabelledPictures, raw_labels
 from transferkit.transforms import Transform
 
-__all__ = ["Batches", "EpochSampler", "SampleKey", "TransformedDataset", "in_channels", "loader"]
+__all__ = ["Batches", "LostPicture", "TransformedDataset", "in_channels", "loader", "none_left"]
 
-SampleKey = tuple[int, int, int]
-"""(epoch, index, view): what an :class:`EpochSampler` asks of a :class:`TransformedDataset`.
-
-``view`` counts how often the epoch has had the picture before: 0 unless balanced sampling repeats it.
-"""
+logger = logging.getLogger("transferkit")
 
 
 def in_channels(source: LabelledPictures, channels: int) -> LabelledPictures:
@@ -47,7 +44,21 @@ def in_channels(source: LabelledPictures, channels: int) -> LabelledPictures:
     return source.with_channels(channels) if hasattr(source, "with_channels") else source
 
 
-class TransformedDataset(Dataset[tuple[Tensor, int]]):
+class LostPicture(NamedTuple):
+    """A picture that could be read when the run began, and no longer can.
+
+    Attributes:
+        row: Which one of its source.
+        name: Its file.
+        cause: Why it cannot be read.
+    """
+
+    row: int
+    name: str
+    cause: str
+
+
+class TransformedDataset(Dataset[tuple[Tensor, int] | LostPicture]):
     """Pictures of a source as tensors, ready for a network.
 
     A transform of :mod:`transferkit.transforms` knows the network's ``channels``, and how many pixels it needs at least
@@ -60,6 +71,7 @@ class TransformedDataset(Dataset[tuple[Tensor, int]]):
         seed: The run's seed, 0 or more.
         augmented: Whether reading or transforming draws random numbers. They are then a function of (seed, epoch,
             index, view), whatever worker process draws them. ``False`` saves the 0.1 ms this costs per picture.
+        skip: Whether a file that cannot be read is given as a :class:`LostPicture` instead of raised.
 
     Source: counter-based randomness, Salmon et al. 2011.
 
@@ -75,7 +87,13 @@ class TransformedDataset(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, source: LabelledPictures, transform: Transform, *, seed: int = 0, augmented: bool = True
+        self,
+        source: LabelledPictures,
+        transform: Transform,
+        *,
+        seed: int = 0,
+        augmented: bool = True,
+        skip: bool = False,
     ) -> None:
         """Ask the source for the channels and pixels that the transform needs; nothing is read yet."""
         channels, least_side = (getattr(transform, name, None) for name in ("channels", "least_side"))
@@ -85,144 +103,31 @@ class TransformedDataset(Dataset[tuple[Tensor, int]]):
         self.transform = transform
         self.seed = seed
         self.augmented = augmented
+        self.skip = skip
 
     def __len__(self) -> int:
         """Count the pictures of the source."""
         return len(self.source)
 
-    def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, int] | LostPicture:
         """Return one picture, transformed, and its label.
 
         Args:
             key: (epoch, index, view), or an index alone for the first view in epoch 0.
 
         Raises:
-            PictureError: The picture cannot be read.
+            PictureError: The picture cannot be read, and may not be left out.
         """
         epoch, index, view = key if isinstance(key, tuple) else (0, key, 0)
         repeated = (view,) if view else ()
-        with seeded(self.seed, 1, epoch, index, *repeated) if self.augmented else nullcontext():
-            picture, label = self.source[index]
-            return self.transform(picture), label
-
-
-class EpochSampler(Sampler[SampleKey]):
-    """Order of an epoch's pictures, as (epoch, index, view) keys, for one of ``world_size`` processes.
-
-    Process ``rank`` takes every ``world_size``-th position of the common order. Shuffled, all processes get equally
-    many and up to ``world_size - 1`` pictures of the order's tail wait for another epoch. In order, every picture comes
-    exactly once in one of the processes, so their counts may differ by one.
-
-    Balanced, an epoch is as long, but every class comes equally often (give or take one): pictures of small classes are
-    repeated, and those of large ones take turns over the epochs. No picture comes again before all of its class have.
-
-    Args:
-        count: How many pictures there are.
-        seed: The run's seed, 0 or more.
-        shuffle: Whether the order is drawn from (seed, epoch), or 0, 1, 2, ….
-        labels: The class of each picture, to balance the classes; ``None`` for a permutation of the pictures.
-        rank: This process, 0 to ``world_size - 1``.
-        world_size: How many processes share the pictures.
-
-    Raises:
-        SettingError: ``rank`` is outside its range, there are more processes than pictures to shuffle, or ``labels``
-            are not one per picture or for an order that is not shuffled.
-
-    Source: torch ``DistributedSampler``, which repeats or drops pictures in evaluation.
-
-    Example:
-        >>> sampler = EpochSampler(5, seed=0, shuffle=False, rank=1, world_size=2)
-        >>> sampler.set_epoch(7)
-        >>> list(sampler)
-        [(7, 1, 0), (7, 3, 0)]
-        >>> sorted(EpochSampler(6, shuffle=True, labels=[0, 1, 1, 1, 1, 1]))[:3]
-        [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
-    """
-
-    def __init__(
-        self,
-        count: int,
-        *,
-        seed: int = 0,
-        shuffle: bool,
-        labels: Sequence[int] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Start at epoch 0."""
-        if not 0 <= rank < world_size:
-            raise SettingError(f"rank={rank} with world_size={world_size}; a rank is 0 to world_size - 1")
-        if shuffle and count < world_size:
-            raise SettingError(f"{count} pictures cannot be shared by {world_size} processes; start {count} or fewer")
-        if labels is not None and not shuffle:
-            raise SettingError("labels balance the classes of a shuffled order; leave them out, or give shuffle=True")
-        if labels is not None and len(labels) != count:
-            raise SettingError(f"{len(labels)} labels for {count} pictures; give one label per picture")
-        self.count = count
-        self.seed = seed
-        self.shuffle = shuffle
-        self.labels = None if labels is None else np.asarray(labels)
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = self.skip = 0
-
-    def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
-        """Choose the epoch that the next iteration runs through.
-
-        Args:
-            epoch: Its number, 0 or more.
-            skip: How many of this process's pictures are left out at its beginning, unread; a multiple of the batch
-                size, to go on within an epoch. The sampler's length stays that of the whole epoch.
-        """
-        self.epoch, self.skip = epoch, skip
-
-    def __len__(self) -> int:
-        """Count this process's pictures in a whole epoch."""
-        return self.count // self.world_size if self.shuffle else len(range(self.rank, self.count, self.world_size))
-
-    def __iter__(self) -> Iterator[SampleKey]:
-        """Go through this process's keys, but for those that are skipped."""
-        return self.keys(self.skip)
-
-    def keys(self, start: int = 0, stop: int | None = None) -> Iterator[SampleKey]:
-        """Go through a part of this process's keys of the epoch, whatever is skipped.
-
-        Args:
-            start: The first position, counted from 0.
-            stop: The position after the last one; ``None`` for the end.
-
-        Example:
-            >>> list(EpochSampler(5, shuffle=False).keys(1, 3))
-            [(0, 1, 0), (0, 2, 0)]
-        """
-        indices = np.arange(self.count)
-        views = np.zeros_like(indices)
-        if self.shuffle:
-            generator = np.random.default_rng(derive_seed(self.seed, 0, self.epoch))
-            if self.labels is None:
-                indices = generator.permutation(indices)
-            else:
-                indices, views = _balanced_order(self.labels, generator)
-        end = self.count - self.count % self.world_size if self.shuffle else self.count
-        mine = slice(self.rank, end, self.world_size)
-        return zip(repeat(self.epoch), indices[mine][start:stop].tolist(), views[mine][start:stop].tolist())
-
-
-def _balanced_order(labels: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw as many indices as there are labels, every class equally often; returns them and each one's view."""
-    by_class = np.argsort(labels, kind="stable")
-    classes = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
-    draws = np.full(len(classes), len(labels) // len(classes))
-    draws[generator.permutation(len(classes))[: len(labels) % len(classes)]] += 1
-    drawn = [
-        np.concatenate([generator.permutation(own) for _ in range(-(-count // len(own)))])[:count]
-        for own, count in zip(classes, draws, strict=True)
-    ]
-    views = [np.arange(count) // len(own) for own, count in zip(classes, draws, strict=True)]
-    # Shuffled are the classes of the positions; each class fills its own in turn, so repeats keep their distance.
-    turns = generator.permutation(np.repeat(np.arange(len(classes)), draws))
-    place = np.argsort(np.argsort(turns, kind="stable"), kind="stable")
-    return np.concatenate(drawn)[place], np.concatenate(views)[place]
+        try:
+            with seeded(self.seed, 1, epoch, index, *repeated) if self.augmented else nullcontext():
+                picture, label = self.source[index]
+                return self.transform(picture), label
+        except PictureError as error:
+            if not (self.skip and error.path):
+                raise
+            return LostPicture(index, error.path, error.cause)
 
 
 def loader(
@@ -237,6 +142,7 @@ def loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    lost: dict[str, str] | None = None,
 ) -> Batches:
     """Build a torch ``DataLoader`` over a source; ``loader.sampler.set_epoch(epoch)`` chooses the epoch.
 
@@ -254,6 +160,8 @@ def loader(
         rank: This process, 0 to ``world_size - 1``.
         world_size: How many processes share the pictures; see :class:`EpochSampler`.
         pin_memory: Whether batches are put in page-locked memory, for faster copies to a GPU.
+        lost: Where files that cannot be read are noted, with the cause, when a batch goes without them; ``None`` raises
+            for the first one.
 
     Returns:
         A loader of batches (images (B, C, S, S) float32, labels (B,) int64). Its ``names(batch)`` says which pictures
@@ -263,7 +171,8 @@ def loader(
         DataError: The source is empty, or its pictures do not have the transform's channels.
         SettingError: ``batch_size`` or ``num_workers`` is outside its range, processes outnumber pictures, or
             ``balanced`` is asked for without ``train``.
-        PictureError: While iterating, also from worker processes: a picture cannot be read.
+        PictureError: While iterating, also from worker processes: a picture cannot be read and ``lost`` is ``None``, or
+            no picture of a batch to train on can be read.
 
     Source: ``torch.utils.data.DataLoader``.
 
@@ -278,10 +187,8 @@ def loader(
         >>> batches.names(1)
         ['2']
     """
-    if batch_size < 1 or num_workers < 0:
-        raise SettingError(
-            f"batch_size={batch_size}, num_workers={num_workers}; they can be 1 or more and 0 or more respectively"
-        )
+    check_whole_number("batch_size", batch_size, at_least=1, at_most=MOST_PER_BATCH)
+    check_whole_number("num_workers", num_workers, at_least=0, at_most=MOST_WORKERS)
     if len(source) == 0:
         raise DataError("there are no pictures to load; give a source with at least one")
     if balanced and not train:
@@ -289,8 +196,15 @@ def loader(
     labels = _labels_of(source) if balanced else None
     sampler = EpochSampler(len(source), seed=seed, shuffle=train, labels=labels, rank=rank, world_size=world_size)
     return _batches(
-        TransformedDataset(source, transform, seed=seed, augmented=train and _is_random(source, transform)),
+        TransformedDataset(
+            source,
+            transform,
+            seed=seed,
+            augmented=train and _is_random(source, transform),
+            skip=lost is not None,
+        ),
         sampler,
+        lost=lost,
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -302,6 +216,7 @@ def _batches(
     dataset: TransformedDataset,
     sampler: EpochSampler,
     *,
+    lost: dict[str, str] | None,
     batch_size: int,
     num_workers: int,
     pin_memory: bool = False,
@@ -309,6 +224,7 @@ def _batches(
 ) -> Batches:
     return Batches(
         dataset,
+        lost=lost,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
@@ -336,11 +252,41 @@ def _leave_interrupts(worker: int) -> None:
         os.setpgrp()
 
 
-class Batches(DataLoader[tuple[Tensor, int]]):
+class _Smaller(NamedTuple):
+    """A batch without the pictures that cannot be read; ``None`` where no other is left."""
+
+    batch: Any
+    lost: list[LostPicture]
+
+
+def _collated(samples: list[Any]) -> Any:
+    lost = [sample for sample in samples if isinstance(sample, LostPicture)]
+    if not lost:
+        return default_collate(samples)
+    read = [sample for sample in samples if not isinstance(sample, LostPicture)]
+    return _Smaller(default_collate(read) if read else None, lost)
+
+
+class Batches(DataLoader[Any]):
     """What :func:`loader` builds: a ``DataLoader`` that names its pictures.
 
     Worker processes report a bad picture as plainly as this process would.
+
+    Args:
+        pictures: What the batches are made of.
+        lost: As for :func:`loader`.
+        **options: As for ``DataLoader``.
+
+    Attributes:
+        lost: The files that were left out since they cannot be read any more, with the cause, or ``None``.
+        lost_rows: Their indices.
     """
+
+    def __init__(self, pictures: TransformedDataset, *, lost: dict[str, str] | None = None, **options: Any) -> None:
+        """Set the loader up; nothing is read."""
+        super().__init__(pictures, collate_fn=_collated, **options)
+        self.lost = lost
+        self.lost_rows: set[int] = set()
 
     @property
     def pictures(self) -> TransformedDataset:
@@ -370,11 +316,25 @@ class Batches(DataLoader[tuple[Tensor, int]]):
         """
         ours, order = self.pictures, self.order
         pictures = TransformedDataset(
-            ours.source, transform or ours.transform, seed=ours.seed, augmented=epoch is not None
+            ours.source,
+            transform or ours.transform,
+            seed=ours.seed,
+            augmented=epoch is not None,
+            skip=ours.skip,
         )
         sampler = EpochSampler(len(ours), seed=ours.seed, shuffle=False, rank=order.rank, world_size=order.world_size)
         sampler.set_epoch(epoch or 0)
-        return _batches(pictures, sampler, batch_size=cast(int, self.batch_size), num_workers=self.num_workers)
+        size = cast(int, self.batch_size)
+        return _batches(pictures, sampler, lost=self.lost, batch_size=size, num_workers=self.num_workers)
+
+    def with_rows(self) -> Iterator[tuple[list[int], Any]]:
+        """Go through the batches, each with the indices of its pictures; for one pass that has each picture once."""
+        keys = self.batch_keys()
+        for batch in self:
+            rows: list[int] = []
+            while not rows:  # a batch of which nothing could be read did not come
+                rows = [index for _, index, _ in next(keys) if index not in self.lost_rows]
+            yield rows, batch
 
     def names(self, batch: int) -> list[str]:
         """Say which pictures are in a batch of the current epoch, counted from 0; none is read.
@@ -387,6 +347,17 @@ class Batches(DataLoader[tuple[Tensor, int]]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its private iterator
         """Go through the batches of the current epoch."""
+        for batch in self._read():
+            if not isinstance(batch, _Smaller):
+                yield batch
+                continue
+            self._leave_out(batch.lost)
+            if batch.batch is not None:
+                yield batch.batch
+            elif self.order.shuffle:
+                raise none_left(each.name for each in batch.lost)
+
+    def _read(self) -> Iterator[Any]:
         try:
             yield from super().__iter__()
         except TransferkitError as error:
@@ -403,3 +374,19 @@ class Batches(DataLoader[tuple[Tensor, int]]):
             raise mended
         finally:
             del mended
+
+    def _leave_out(self, pictures: Sequence[LostPicture]) -> None:
+        assert self.lost is not None
+        for each in pictures:
+            self.lost_rows.add(each.row)
+            if each.name not in self.lost:
+                self.lost[each.name] = each.cause
+                logger.warning("left out from here on: %s cannot be read (%s)", each.name, each.cause)
+
+
+def none_left(names: Iterable[str]) -> PictureError:
+    """Return the error for a batch to train on of which no picture can be read."""
+    return PictureError(
+        f"no picture of a whole batch can be read any more ({', '.join(names)}); look whether their folder is still "
+        "there, put them back, and go on with resume"
+    )

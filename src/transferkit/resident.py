@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from transferkit.batch_transforms import Change, Crop, Shift, uniform_numbers
 from transferkit.exceptions import SettingError
-from transferkit.loading import Batches, loader
+from transferkit.loading import Batches, loader, none_left
 from transferkit.randomness import derive_seed
 from transferkit.sources import PictureFiles
 from transferkit.transforms import is_preset
@@ -71,6 +71,7 @@ class ResidentBatches(Batches):
         """Decode nothing yet."""
         super().__init__(
             batches.pictures,
+            lost=batches.lost,
             batch_size=batches.batch_size,
             sampler=batches.order,
             num_workers=batches.num_workers,
@@ -85,9 +86,13 @@ class ResidentBatches(Batches):
         if self._store is None:
             self._store = _stored(self, self._parts, self.device)
         store, change = self._store, self._parts.change
-        batches = list(self.batch_keys())
-        keys = np.array([key for batch in batches for key in batch], dtype=np.int64).reshape(-1, 3)
         first, step = _share(self)
+        batches = [[key for key in batch if store.read[(key[1] - first) // step]] for batch in self.batch_keys()]
+        if not all(batches):
+            if self.order.shuffle:
+                raise none_left(self.lost or ())
+            batches = [batch for batch in batches if batch]
+        keys = np.array([key for batch in batches for key in batch], dtype=np.int64).reshape(-1, 3)
         rows = torch.from_numpy((keys[:, 1] - first) // step)
         drawn = rows
         if change is not None:
@@ -177,13 +182,14 @@ class _Parts(NamedTuple):
 
 
 class _Store(NamedTuple):
-    """All on the device but for the sizes, of which random numbers are made."""
+    """All on the device but for the sizes, of which random numbers are made, and which pictures could be read."""
 
     images: Tensor
     sizes: Tensor
     labels: Tensor
     mean: Tensor
     std: Tensor
+    read: np.ndarray[Any, Any]
 
 
 def _parts_of(batches: Batches) -> _Parts:
@@ -240,15 +246,16 @@ def _stored(batches: Batches, parts: _Parts, device: torch.device) -> _Store:
         num_workers=batches.num_workers,
         rank=first,
         world_size=step,
+        lost=batches.lost,
     )
     count = len(reading.order)
     images = torch.empty((count, *parts.shape), dtype=torch.uint8, device=device)
     sizes, labels = torch.empty((count, 2), dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    done = 0
-    for (some_images, some_sizes), some_labels in reading:
-        rows = slice(done, done + len(some_labels))
-        images[rows], sizes[rows], labels[rows] = some_images, some_sizes, some_labels
-        done = rows.stop
+    read = np.zeros(count, dtype=bool)
+    for indices, ((some_images, some_sizes), some_labels) in reading.with_rows():
+        rows = [(index - first) // step for index in indices]
+        images[rows], sizes[rows], labels[rows] = some_images.to(device), some_sizes, some_labels
+        read[rows] = True
     normalize = cast(Any, batches.pictures.transform).transforms[-1]
     mean, std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (normalize.mean, normalize.std))
-    return _Store(images, sizes, labels.to(device), mean, std)
+    return _Store(images, sizes, labels.to(device), mean, std, read)

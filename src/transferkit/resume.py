@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from transferkit.exceptions import ArtifactError, OutputError, SettingError
+from transferkit.plain_files import check_plain, check_safetensors, one_line, read_json
 
 __all__ = ["ResumeStore"]
 
@@ -35,6 +35,7 @@ _FORMAT = 1
 _TENSORS = re.compile(r"(state|constant)-([1-9][0-9]*)\.safetensors")
 _PARTIAL = ".partial"  # a folder, for safetensors makes temporary files of its own beside the one it writes
 _LARGEST_JSON = 32 * 2**20  # bytes; the tensors are not in it
+_FIELDS, _PART_FIELDS = {"format", "version", "state", "constant"}, {"file", "size", "crc32", "tree"}
 _DEEPEST = 100  # json goes three times as deep, and neither it nor Python goes much beyond that
 _ANEW = "start anew with overwrite=True (--overwrite)"
 
@@ -102,7 +103,7 @@ class ResumeStore:
         try:
             self._replace(parts, version)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"the resume state cannot be written in {self.path}: {_one_line(error)}") from error
+            raise OutputError(f"the resume state cannot be written in {self.path}: {_cause(error)}") from error
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Read the state that was written last.
@@ -139,7 +140,7 @@ class ResumeStore:
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         except OSError as error:
-            raise OutputError(f"the resume state in {self.path} cannot be removed: {_one_line(error)}") from error
+            raise OutputError(f"the resume state in {self.path} cannot be removed: {_cause(error)}") from error
 
     def _replace(self, parts: Mapping[str, tuple[Any, list[Tensor]]], version: str) -> None:
         if not self.path.is_dir():
@@ -198,10 +199,7 @@ class ResumeStore:
         if not self.exists():
             return None
         try:
-            file = _plain(self.path / _STATE)
-            if file.stat().st_size > 2 * _LARGEST_JSON:
-                raise ValueError(f"{_STATE} has {file.stat().st_size:,} bytes")
-            document = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
+            document = read_json(self.path / _STATE, largest=_LARGEST_JSON + 2**20)
             newer = type(document["format"]) is int and document["format"] > _FORMAT
             if not newer:
                 self._check(document)
@@ -217,15 +215,21 @@ class ResumeStore:
     def _check(self, document: dict[str, Any]) -> None:
         if document.pop("crc32") != zlib.crc32(_dump(document)) or document["format"] != _FORMAT:
             raise ValueError(f"{_STATE} is not as it was written")
+        parts = [(part, _PART_FIELDS) for part in (document["state"], document["constant"])]
+        for fields, known in [(document, _FIELDS), *parts]:
+            if not isinstance(fields, dict) or fields.keys() != known:
+                odd = sorted(fields.keys() ^ known)[:3] if isinstance(fields, dict) else [type(fields).__name__]
+                raise ValueError(f"{_STATE} has or lacks {', '.join(map(repr, odd))}, unlike a state of this format")
         for part in ("state", "constant"):
             name = document[part]["file"]
             match = _TENSORS.fullmatch(name)
             if not match or match[1] != part:
                 raise ValueError(f"{_STATE} names {name!r:.80}, which is no file of its own")
-            if _plain(self.path / name).stat().st_size != document[part]["size"]:
+            if check_plain(self.path / name) != document[part]["size"]:
                 raise ValueError(f"{name} has not the size that was written")
 
     def _load(self, part: dict[str, Any]) -> dict[Any, Any]:
+        check_safetensors(self.path / part["file"])
         # safetensors maps the file into memory; copies survive its removal by another machine on a network disk.
         tensors = {name: tensor.clone() for name, tensor in load_file(self.path / part["file"]).items()}
         if _crc32(tensors) != part["crc32"]:
@@ -236,7 +240,7 @@ class ResumeStore:
         return content
 
     def _unusable(self, error: Exception) -> ArtifactError:
-        return ArtifactError(f"the resume state in {self.path} cannot be used ({_one_line(error)}); {_ANEW}")
+        return ArtifactError(f"the resume state in {self.path} cannot be used ({_cause(error)}); {_ANEW}")
 
 
 def _names(document: Mapping[str, Any]) -> set[str]:
@@ -339,12 +343,6 @@ def _dump(document: Any) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # a file name that is no UTF-8 is a str with surrogates
 
 
-def _plain(file: Path) -> Path:
-    if not stat.S_ISREG(file.lstat().st_mode):  # a link may lead elsewhere, a pipe would block
-        raise ValueError(f"{file.name} is no plain file")
-    return file
-
-
 def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -366,7 +364,7 @@ def _kind(value: object) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _one_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     if type(error) is KeyError:
         return f"there is no {error}"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error) or type(error).__name__

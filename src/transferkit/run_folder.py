@@ -5,22 +5,27 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from transferkit.callbacks import ResumeCheckpoint
+from transferkit.bad_pictures import save_bad_images
+from transferkit.callbacks import Callback, ResumeCheckpoint
 from transferkit.checkpoint import CONFIG, HISTORY, WEIGHTS, read_config, read_weights
 from transferkit.exceptions import OutputError, SettingError
 from transferkit.history import History
 from transferkit.resume import ResumeStore
 
-__all__ = ["BAD_IMAGES", "RunFolder"]
+if TYPE_CHECKING:
+    from transferkit.trainer import Trainer
+
+__all__ = ["BAD_IMAGES", "VALIDATION", "ClearFolder", "ListLeftOut", "RunFolder"]
 
 RESUME = "resume"
-BAD_IMAGES = "bad_images.csv"
+BAD_IMAGES, VALIDATION = "bad_images.csv", "validation.csv"
 _LOCK = ".lock"
+_PROBE = 4096  # bytes: a full disk takes the name of a file, and nothing in it
 
 
 class RunFolder:
@@ -74,20 +79,21 @@ class RunFolder:
         except ImportError:
             yield
             return
-        file = self._open_lock(fcntl)
+        try:
+            file = self._open_lock(fcntl)
+        except OSError as error:
+            raise self._unwritable(error) from error
         try:
             yield
         finally:
             with suppress(OSError):
                 (self.path / _LOCK).unlink()
-            file.close()
+            with suppress(OSError):  # what could not be written before is tried again
+                file.close()
 
     def _open_lock(self, fcntl: Any) -> IO[str]:
         while True:
-            try:
-                file = (self.path / _LOCK).open("a+", encoding="utf-8")
-            except OSError as error:
-                raise OutputError(f"the output folder {self.path} cannot be written: {error}") from error
+            file = (self.path / _LOCK).open("a+", encoding="utf-8", errors="replace")
             try:
                 # Not flock: worker processes inherit that, and may outlive a run that was killed.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,9 +108,10 @@ class RunFolder:
                 return file
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), (self.path / _LOCK).stat()):
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()}")
-                    file.flush()
+                    with suppress(OSError):  # the lock holds all the same; a disk that is full now is told later
+                        file.truncate(0)
+                        file.write(f"process {os.getpid()} on {platform.node()}")
+                        file.flush()
                     return file
             file.close()  # whoever had it has removed it meanwhile
 
@@ -114,7 +121,16 @@ class RunFolder:
         Raises:
             OutputError: It cannot, or does.
         """
-        present = [file.name for file in self._present()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            try:
+                probe.write_bytes(bytes(_PROBE))
+            finally:
+                probe.unlink(missing_ok=True)
+            present = [file.name for file in self._present()]
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
+            raise self._unwritable(error) from error
         resumable = ResumeStore(self.resume_path).exists()
         if self.resume and present and not resumable and not self._ended():
             raise OutputError(
@@ -126,26 +142,33 @@ class RunFolder:
                 f"{self.path} already holds a run ({(present or [RESUME])[0]}); choose another folder, go on with it "
                 "(--resume), or replace it (--overwrite)"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"the output folder {self.path} cannot be written: {error}") from error
+
+    def _unwritable(self, error: OSError | ValueError) -> OutputError:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        for place in (self.path, *self.path.parents) if isinstance(error, FileExistsError | NotADirectoryError) else ():
+            if os.path.lexists(place) and not place.is_dir():
+                reason = f"{place} is no folder"
+        return OutputError(f"the output folder {self.path} cannot be written: {reason}; choose another")
 
     def clear(self) -> None:
-        """Remove the run that is to be replaced."""
+        """Remove the run that is to be replaced.
+
+        Raises:
+            OutputError: A file of it cannot be removed.
+        """
         ResumeStore(self.resume_path).clear()
-        for file in (*self._present(), self.path / BAD_IMAGES):
-            file.unlink(missing_ok=True)
+        for file in (*self._present(), self.path / BAD_IMAGES, self.path / VALIDATION):
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError(f"{file}, of the run that is to be replaced, cannot be removed: {error}") from error
 
     def state(self) -> dict[str, Any] | None:
         """Return what a run goes on from.
 
         Returns:
-            The state :class:`ResumeCheckpoint` has saved; of a run that has ended its ``"weights"``, ``"history"`` and
-            ``"identity"``; ``None`` where there is no run.
+            The state :class:`ResumeCheckpoint` has saved; of a run that has ended its ``"weights"``,
+            ``"temperature"``, ``"history"`` and ``"identity"``; ``None`` where there is no run.
 
         Raises:
             ArtifactError: It is damaged.
@@ -156,6 +179,7 @@ class RunFolder:
         return {
             "identity": self._ended(),
             "weights": read_weights(self.path),
+            "temperature": read_config(self.path)["transferkit"].get("temperature", 1.0),
             "history": History.load_csv(self.path / HISTORY),
         }
 
@@ -168,3 +192,47 @@ class RunFolder:
 
     def _present(self) -> list[Path]:
         return [file for file in (self.path / name for name in (CONFIG, WEIGHTS, HISTORY)) if file.exists()]
+
+
+class ClearFolder(Callback):
+    """Remove the run that is to be replaced, once nothing but training can fail.
+
+    Args:
+        folder: Where it is.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Store the folder; nothing is removed yet."""
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Do it where the run begins."""
+        if trainer.is_main_process and trainer.at_beginning:
+            self.folder.clear()
+
+
+class ListLeftOut(Callback):
+    """Write down what could not be read, where the run begins and again when there is more of it.
+
+    Args:
+        folder: Where the run goes.
+        causes: Cause by file; what is added while the run goes on is written after the epoch.
+    """
+
+    def __init__(self, folder: RunFolder, causes: Mapping[str, str]) -> None:
+        """Store both; nothing is written yet."""
+        self.folder, self.causes = folder, causes
+        self._listed = -1  # until training begins, the folder may hold a run that is to stay
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Do it where the run begins."""
+        self._listed = 0
+        self.on_train_epoch_end(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer) -> None:
+        """Do it where there is more."""
+        if trainer.is_main_process and 0 <= self._listed < len(self.causes):
+            save_bad_images(self.causes, self.folder.path / BAD_IMAGES)
+            self._listed = len(self.causes)
+
+    on_exception = on_train_epoch_end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -204,7 +204,8 @@ class PictureData:
         val: Pictures to validate on.
         class_names: Name of class ``i`` at position ``i``.
         test: Pictures for a last check, where there are some.
-        left_out: Files that cannot be read, each with the cause.
+        left_out: Files that cannot be read, each with the cause; those that go bad during a run join them.
+        findings: What training was warned of, a sentence each.
 
     Example:
         >>> files = PictureFiles([Picture("cats/1.jpg", 0), Picture("dogs/1.jpg", 1)])
@@ -216,7 +217,8 @@ class PictureData:
     val: LabelledPictures
     class_names: tuple[str, ...]
     test: LabelledPictures | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
 
     def train_labels(self) -> list[int]:
         """Return the training labels in order; folders are not decoded for it."""

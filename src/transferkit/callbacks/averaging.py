@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transferkit.callbacks._base import Callback
 from transferkit.callbacks.checkpointing import BestCheckpoint
 from transferkit.distribution import reshard, share_buffers, spread_like, whole
-from transferkit.exceptions import SettingError
+from transferkit.ranges import check_number
 
 if TYPE_CHECKING:
     from transferkit.trainer import Trainer
@@ -49,8 +49,7 @@ class EMA(Callback):
 
     def __init__(self, decay: float = 0.999, *, warmup: bool = True) -> None:
         """Store and check the settings."""
-        if not 0.0 <= decay < 1.0:
-            raise SettingError(f"decay must be at least 0 and below 1, got {decay}; 0.999 is usual")
+        check_number("decay", decay, at_least=0, below=1, hint="0.999 is usual")
         self.decay, self.warmup = decay, warmup
         self.updates = 0
         self._averages: dict[str, Tensor] = {}

@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from transferkit.calibration import temperature_for
 from transferkit.callbacks._base import Callback
 from transferkit.checkpoint import read_weights, save_artifact
 from transferkit.distribution import load_network_state, network_state, share_object
-from transferkit.exceptions import SettingError
 from transferkit.history import EpochRecord, improves
+from transferkit.ranges import check_whole_number
 
 if TYPE_CHECKING:
     from transferkit.trainer import Trainer
@@ -23,6 +25,9 @@ __all__ = ["BestCheckpoint", "EarlyStopping"]
 
 class BestCheckpoint(Callback):
     """Keep the weights of the best epoch of the whole run, and put them back into the model at its end.
+
+    With them goes the temperature that calibrates their confidences on the validation pictures
+    (:func:`~transferkit.calibration.temperature_for`).
 
     Args:
         directory: Folder in which the best model so far is saved whenever it changes, ready to be loaded; ``None``
@@ -51,6 +56,8 @@ class BestCheckpoint(Callback):
         self.directory = None if directory is None else Path(directory)
         self.monitor, self.mode = monitor, mode
         self.best: EpochRecord | None = None
+        self.temperature = 1.0
+        self.val_logits = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
         self._weights: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: Trainer) -> None:
@@ -58,28 +65,43 @@ class BestCheckpoint(Callback):
         record = trainer.history.records[-1]
         if self.best is not None and not improves(record, self.best, self.monitor, self.mode):
             return
-        self.best = record
+        trainer.model.temperature = temperature = temperature_for(*trainer.val_logits)
         weights = network_state(trainer.model.network)
         if self.directory is None:
             self._weights = {key: value.cpu().clone() for key, value in weights.items()}
         elif trainer.is_main_process:
             save_artifact(trainer.model, self.directory, weights=weights)
+        # not before they are saved, which may fail
+        self.best, self.temperature, self.val_logits = record, temperature, trainer.val_logits
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Put the best weights into the model."""
-        if self.best is None:
-            return
+        if self.best is not None:
+            self.restore(trainer)
+
+    def restore(self, trainer: Trainer) -> None:
+        """Put the best weights so far into the model, with their temperature; every process must ask.
+
+        Args:
+            trainer: The one that trained them, after one epoch or more.
+
+        Raises:
+            ArtifactError: The saved model is gone or damaged.
+        """
         weights: dict[str, Tensor] | None = self._weights
         if self.directory is not None:  # the folder may be on the main process's machine alone
             weights = read_weights(self.directory) if trainer.is_main_process else None
         load_network_state(trainer.model.network, share_object(trainer.accelerator, weights))
+        trainer.model.temperature = self.temperature
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best record, and its weights where no folder keeps them."""
-        return {"best": None if self.best is None else asdict(self.best), "weights": self._weights}
+        """Return the best record, its temperature, and its weights where no folder keeps them."""
+        best = None if self.best is None else asdict(self.best)
+        return {"best": best, "temperature": self.temperature, "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the best record and its weights back."""
+        """Take the best record, its temperature and its weights back."""
+        self.temperature = float(state["temperature"])
         self.best = None if state["best"] is None else EpochRecord(**state["best"])
         self._weights = dict(state["weights"])
 
@@ -104,8 +126,7 @@ class EarlyStopping(Callback):
 
     def __init__(self, *, patience: int = 3, monitor: str = "val_loss", mode: str | None = None) -> None:
         """Store the settings."""
-        if patience < 1:
-            raise SettingError(f"patience must be 1 or more epochs, got {patience}")
+        check_whole_number("patience", patience, at_least=1)
         improves(_WORST, _WORST, monitor, mode)
         self.patience, self.monitor, self.mode = patience, monitor, mode
         self.best: EpochRecord | None = None

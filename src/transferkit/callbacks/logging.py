@@ -137,7 +137,7 @@ class TensorBoard(Callback):
         directory: Folder of the event files.
 
     Raises:
-        ModuleNotFoundError: At the start of training, when tensorboard is not installed
+        CallbackError: At the start of training, when tensorboard is not installed
             (``pip install transferkit[tensorboard]``).
 
     Example:

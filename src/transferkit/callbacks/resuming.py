@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transferkit.callbacks._base import Callback
-from transferkit.exceptions import SettingError
 from transferkit.interrupts import Interrupted
+from transferkit.ranges import check_number, check_whole_number
 from transferkit.resume import ResumeStore
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class ResumeCheckpoint(Callback):
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         """Store the settings; nothing is written yet."""
-        check_pace(every=every, min_interval=min_interval)
+        check_whole_number("every", every, at_least=1, or_none=True)
+        check_number("min_interval", min_interval, at_least=0)
         self.store = ResumeStore(directory)
         self.every, self.min_interval = every, min_interval
         self.identity = dict(identity or {})
@@ -111,14 +112,6 @@ class ResumeCheckpoint(Callback):
                 version=f"{self._fit} {_frozen_since(trainer)}",
             )
         self._saved = time.monotonic()
-
-
-def check_pace(*, every: int | None, min_interval: float) -> None:
-    """Raise ``SettingError`` unless these settings of a :class:`ResumeCheckpoint` are within their ranges."""
-    if every is not None and every < 1:
-        raise SettingError(f"checkpoint_every must be 1 or more steps, or None, got {every}")
-    if not 0 <= min_interval < float("inf"):
-        raise SettingError(f"checkpoint_interval must be 0 or more seconds, got {min_interval}")
 
 
 def _frozen_since(trainer: Trainer) -> str:
