@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, classification_report, log_loss
 from torch.nn import functional as F
 
+from transferkit.calibration import expected_calibration_error
 from transferkit.exceptions import ArtifactError, DataError, OutputError, SettingError
 from transferkit.history import MONITORED, EpochRecord, History, improves
 from transferkit.metrics import evaluate_logits, topk
@@ -142,6 +144,25 @@ def test_figures_equal_those_of_scikit_learn(count, classes, seed):
         assert (own["precision"], own["recall"], own["f1"], own["count"]) == pytest.approx(
             (expected["precision"], expected["recall"], expected["f1-score"], expected["support"])
         )
+
+
+def test_the_interval_holds_the_accuracy_and_narrows_with_the_pictures():
+    few, many = (evaluate_logits(*drawn(count), list("abcd")) for count in (40, 4000))
+    for result in (few, many):
+        low, high = result.accuracy_interval
+        expected = binomtest(round(result.accuracy * result.count), result.count).proportion_ci(0.95, "wilson")
+        assert (low, high) == pytest.approx((expected.low, expected.high))
+        assert low < result.accuracy < high
+    assert np.ptp(many.accuracy_interval) < np.ptp(few.accuracy_interval) / 5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0])
+def test_the_calibration_error_is_that_of_the_confidences_with_the_temperature(temperature):
+    logits, labels = drawn(300)
+    confidences, said = torch.softmax(logits.double() / temperature, 1).max(1)
+    result = evaluate_logits(logits, labels, list("abcd"), temperature=temperature)
+    assert result.ece == expected_calibration_error(confidences, said == labels)
+    assert result.loss == evaluate_logits(logits, labels, list("abcd")).loss
 
 
 def test_evaluation_is_json():

@@ -1,31 +1,42 @@
-"""Figures, read through their artists: lines, titles, colours, legends, files."""
+"""Figures of pictures, read through their artists: titles, colours, pixels. And what all figures have in common."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.text import Text
 from PIL import Image
 
+from drawn import misplaced, run
 from transferkit.exceptions import OutputError, SettingError
-from transferkit.plots import PredictionView, plot_history, plot_predictions, plot_samples, save_figure
+from transferkit.plots import (
+    PredictionView,
+    TopLoss,
+    TradeoffPoint,
+    plot_confusion,
+    plot_heat_maps,
+    plot_history,
+    plot_lr_finding,
+    plot_lrs,
+    plot_predictions,
+    plot_reliability,
+    plot_samples,
+    plot_steps,
+    plot_top_losses,
+    plot_tradeoff,
+    save_figure,
+)
 
 GREEN, RED, NEUTRAL = "#009e73", "#d55e00", "#262626"
-
-
-def run(accuracies: list[float]) -> list[dict[str, float]]:
-    return [
-        {"epoch": epoch, "train_loss": 1 / epoch, "val_loss": 2 / epoch, "val_accuracy": accuracy, "seconds": 1.0}
-        for epoch, accuracy in enumerate(accuracies, start=1)
-    ]
 
 
 def picture(width: int = 8, height: int = 8, mode: str = "RGB") -> Image.Image:
@@ -36,91 +47,85 @@ def view(predicted: str = "cat", actual: str | None = None, confidence: float = 
     return PredictionView(picture(), predicted, confidence, actual)
 
 
-def points(axes: Any) -> list[tuple[list[float], list[float]]]:
-    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+def mistake(name: str = "cats/1.jpg", *, loss: float = 3.5, actual: str = "cat", **more: object) -> TopLoss:
+    return TopLoss(picture(), name, actual, "dog", 0.97, loss, **more)  # type: ignore[arg-type]
 
 
-def legend_names(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+LONG = "the quick brown fox of the northern woods"
+HEAT = np.linspace(0, 1, 64).reshape(8, 8)
+
+KINDS: dict[str, Callable[..., Figure]] = {
+    "history": lambda **more: plot_history(run([0.5, 0.9]), unfreeze_epochs=[2], compare={LONG: run([0.4])}, **more),
+    "steps": lambda **more: plot_steps([1 / (1 + i) for i in range(900)], unfreeze_steps=[300], **more),
+    "lrs": lambda **more: plot_lrs({f"stage{i}": [None] * i + [2.0**-i] * (30 - i) for i in range(26)}, **more),
+    "lr finding": lambda **more: plot_lr_finding(
+        [0.01, 0.1, 1.0], [2.0, 1.0, 3.0], [2.0, 1, 2], suggestion=0.1, **more
+    ),
+    "samples": lambda **more: plot_samples([picture()] * 3, ["cat", LONG, "猫" * 30], **more),
+    "predictions": lambda **more: plot_predictions([view(LONG, "cat"), view("cat", LONG), view()], columns=2, **more),
+    "top losses": lambda **more: plot_top_losses([mistake(f"{LONG}.jpg", actual=LONG, heat=HEAT)] * 5, **more),
+    "heat maps": lambda **more: plot_heat_maps([picture(20, 10)] * 3, [HEAT] * 3, [LONG] * 3, **more),
+    "confusion": lambda **more: plot_confusion(np.eye(5) + 1, [LONG, "猫", "cat", "$x$", "dog"], **more),
+    "reliability": lambda **more: plot_reliability([0.9, 0.8], [True, False], calibrated=[0.7, 0.6], **more),
+    "trade-off": lambda **more: plot_tradeoff([TradeoffPoint(LONG, 2.0, 0.9, 0.1)], x_label="seconds", **more),
+}
+EXTREMES: dict[str, Callable[..., Figure]] = {
+    "history of one epoch": lambda: plot_history(run([1.0])),
+    "history of 200 epochs": lambda: plot_history(run([0.5 + i / 500 for i in range(200)])),
+    "one step": lambda: plot_steps([0.7]),
+    "lrs of one step": lambda: plot_lrs({"head": [0.1]}),
+    "one prediction": lambda: plot_predictions([view(LONG, LONG, 1.0)]),
+    "one heat map": lambda: plot_heat_maps([picture()], [HEAT], ["cat 97 %"]),
+}
 
 
-def drawn_ticks(figure: Figure, axes: Any) -> list[str]:
-    FigureCanvasAgg(figure).draw()
-    low, high = axes.get_xlim()
-    return [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+# All figures
 
 
-def test_history_draws_both_losses_and_the_accuracy_in_percent() -> None:
-    loss, accuracy = plot_history(run([0.5, 0.75, 0.7])).axes
-    assert points(loss)[:2] == [([1, 2, 3], [1, 1 / 2, 1 / 3]), ([1, 2, 3], [2, 1, 2 / 3])]
-    assert points(accuracy)[0] == ([1, 2, 3], pytest.approx([50, 75, 70]))
+def luminance(colour: object) -> float:
+    """The share of light that WCAG 2 defines."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_history_rings_the_epoch_of_best_validation_accuracy_in_both_panels() -> None:
-    figure = plot_history(run([0.5, 0.75, 0.7]))
-    loss, accuracy = figure.axes
-    assert points(loss)[-1] == ([2], [1.0])
-    assert points(accuracy)[-1] == ([2], [75.0])
-    assert accuracy.get_title(loc="right") == "best 75.0 % at epoch 2"
-    assert legend_names(figure) == ["train", "validation", "best epoch"]
+def contrast(one: object, other: object) -> float:
+    """The ratio that WCAG 2 defines."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
-def test_where_accuracies_tie_the_ring_marks_the_lower_loss() -> None:
-    figure = plot_history(run([0.5, 0.8, 0.8]))  # the loss falls from epoch to epoch
-    assert all(([3], [height]) in points(axes) for axes, height in zip(figure.axes, (2 / 3, 80.0), strict=True))
+@pytest.mark.parametrize("name", KINDS | EXTREMES)
+def test_words_stand_clear_of_each_other_inside_the_figure(name: str) -> None:
+    assert misplaced((KINDS | EXTREMES)[name]()) == []
 
 
-def test_history_of_one_epoch_shows_as_markers() -> None:
-    figure = plot_history(run([0.5]))
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_and_background_differ_enough_to_be_read(name: str, dark: bool) -> None:
+    figure = KINDS[name](dark=dark)
+    page = figure.get_facecolor()
+    assert (luminance(page) < 0.05) == dark
     for axes in figure.axes:
-        assert all(line.get_marker() == "o" for line in axes.lines)
-        assert drawn_ticks(figure, axes) == ["1"]
+        axes.get_xticklabels()  # which makes them
+        axes.get_yticklabels()
+    inside = {id(text) for axes in figure.axes for text in axes.texts}  # numbers stand on the colours of their cells
+    seen = figure.findobj(lambda each: isinstance(each, Text) and bool(each.get_text().strip()))
+    assert seen
+    assert all(contrast(text.get_color(), page) > 3 for text in seen if id(text) not in inside)
+    assert all(contrast(line.get_color(), page) > 1.2 for axes in figure.axes for line in axes.lines)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 100])
-def test_epoch_ticks_are_whole_numbers(epochs: int) -> None:
-    figure = plot_history(run([0.5] * epochs))
-    labels = drawn_ticks(figure, figure.axes[0])
-    assert labels
-    assert all(label.isdigit() and 1 <= int(label) <= epochs for label in labels)
+def test_drawing_changes_no_global_setting_and_opens_no_window() -> None:
+    from matplotlib import pyplot
+
+    before = dict(mpl.rcParams)
+    for name in ("history", "lrs", "top losses", "confusion", "trade-off"):
+        KINDS[name]()
+    assert dict(mpl.rcParams) == before
+    assert pyplot.get_fignums() == []
 
 
-def test_unfreeze_epochs_are_dotted_lines_named_once() -> None:
-    figure = plot_history(run([0.5, 0.6, 0.7]), unfreeze_epochs=[2, 3])
-    for axes in figure.axes:
-        dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
-        assert [line.get_xdata()[0] for line in dotted] == [2, 3]
-    assert legend_names(figure).count("unfreeze") == 1
-
-
-def test_compared_runs_are_grey_dashed_and_named_after_the_run_itself() -> None:
-    other = run([0.1, 0.2, 0.3, 0.4])
-    figure = plot_history(run([0.5, 0.6]), compare={"random weights": other, "_probe": run([0.3])})
-    loss, accuracy = figure.axes
-    for axes, expected in ((loss, [2, 1, 2 / 3, 1 / 2]), (accuracy, [10, 20, 30, 40])):
-        line = axes.lines[0]
-        assert list(line.get_ydata()) == pytest.approx(expected)
-        assert line.get_linestyle() == "--"
-        assert len(set(mpl.colors.to_rgb(line.get_color()))) == 1
-    assert legend_names(figure) == ["train", "validation", "best epoch", "random weights", "probe"]
-
-
-def test_accuracy_axis_stays_between_0_and_100_percent() -> None:
-    for accuracies in ([1.0, 1.0], [0.0, 0.0], [0.0, 1.0]):
-        low, high = plot_history(run(accuracies)).axes[1].get_ylim()
-        assert 0 <= low < high <= 100
-
-
-def test_a_history_without_epochs_is_refused() -> None:
-    with pytest.raises(SettingError, match="this run has no records"):
-        plot_history([])
-    with pytest.raises(SettingError, match="probe has no records"):
-        plot_history(run([0.5]), compare={"probe": []})
-
-
-def test_a_record_without_a_value_is_refused() -> None:
-    with pytest.raises(SettingError, match="has no 'val_loss'; it has epoch, train_loss"):
-        plot_history([{"epoch": 1, "train_loss": 1.0}])
+# Pictures
 
 
 @pytest.mark.parametrize(
@@ -165,16 +170,14 @@ def test_wide_letters_count_twice_when_shortening() -> None:
     assert title.endswith("…")
 
 
-@pytest.mark.parametrize(
-    "name", ["猫", "кошка", "گربه", "बिल्ली", "🐱", "𒀀", "$5 and $6", "a_b^c", "two\nlines", "\x01"]
-)
-def test_any_class_name_is_drawn_without_a_warning(name: str, tmp_path: Path) -> None:
+def test_any_class_name_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    names = ["猫", "кошка", "گربه", "बिल्ली", "🐱", "𒀀", "$5 and $6", "a_b^c", "two\nlines", "\x01"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = plot_predictions([view(name, "dog"), view("cat", name)])
+        figure = plot_predictions([view(name, "dog") for name in names] + [view("cat", name) for name in names])
         figure.savefig(tmp_path / "plain.png")
         save_figure(figure, tmp_path / "saved.svg")
-        save_figure(plot_history(run([0.5]), compare={name: run([0.4])}), tmp_path / "history.png")
+        save_figure(plot_history(run([0.5]), compare={name: run([0.4]) for name in names}), tmp_path / "history.png")
 
 
 def test_letters_the_main_font_has_are_kept() -> None:
@@ -182,9 +185,22 @@ def test_letters_the_main_font_has_are_kept() -> None:
     assert titles == ["кошка", "$x$"]
 
 
-def test_letters_no_font_has_become_boxes() -> None:
-    private = "\U0010fffd"
-    assert plot_samples([picture()], [f"a{private}b"]).axes[0].get_title() == "a□b"
+def test_letters_that_another_installed_font_has_are_drawn_with_it() -> None:
+    letters_of = {
+        family: set(get_font(findfont(FontProperties(family=[family]))).get_charmap())
+        for family in ("DejaVu Sans", "DejaVu Sans Mono")  # matplotlib brings both
+    }
+    letter = chr(min(letters_of["DejaVu Sans Mono"] - letters_of["DejaVu Sans"]))
+    title = plot_samples([picture()], [f"a{letter}b"]).axes[0].title
+    assert title.get_text() == f"a{letter}b"
+    assert len(title.get_fontfamily()) > 1
+
+
+def test_letters_no_font_has_become_boxes_and_the_log_names_them_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert plot_samples([picture()], ["a\U0010fffcb"]).axes[0].get_title() == "a□b"
+    (message,) = caplog.messages
+    assert "\\U0010fffc" in message
 
 
 @pytest.mark.parametrize(("width", "height"), [(8, 8), (40, 10), (10, 40)])
@@ -219,6 +235,59 @@ def test_of_a_tensor_the_first_three_channels_are_drawn(channels: int) -> None:
         np.testing.assert_array_equal(axes.images[0].get_array(), expected)
 
 
+def test_any_class_name_is_drawn_in_every_figure_that_names_classes(tmp_path: Path) -> None:
+    names = ["猫", "$5 and $6", "\U0010fffd"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in (
+            plot_confusion(np.ones((3, 3)), names),
+            plot_confusion(np.ones((21, 21)), names * 7),
+            plot_top_losses([mistake(name, actual=name) for name in names]),
+            plot_heat_maps([picture()] * 3, [HEAT] * 3, names),
+            plot_tradeoff([TradeoffPoint(name, 1.0, 0.5) for name in names], x_label="seconds"),
+        ):
+            save_figure(figure, tmp_path / "figure.png")
+
+
+def test_top_losses_come_highest_first_with_file_loss_prediction_and_truth() -> None:
+    items = [mistake("low.jpg", loss=0.2, actual="dog"), mistake("high.jpg", loss=4.506), mistake("mid.jpg", loss=1.0)]
+    titles = [axes.get_title() for axes in plot_top_losses(items).axes]
+    assert titles[0] == "high.jpg\nloss 4.51\n✗ dog 97 %\n(true: cat)"
+    assert [title.split("\n")[0] for title in titles] == ["high.jpg", "mid.jpg", "low.jpg"]
+    assert titles[2] == "low.jpg\nloss 0.20\n✓ dog 97 %"
+
+
+def test_a_long_file_name_keeps_its_end() -> None:
+    title = plot_top_losses([mistake("pictures/of/many/ants_and_bees_0123.jpg")]).axes[0].get_title()
+    assert title.split("\n")[0] == "…ny/ants_and_bees_0123.jpg"
+
+
+def test_a_heat_map_leaves_cold_places_as_they_are_and_colours_hot_ones() -> None:
+    grey = np.full((8, 8, 3), 128, np.uint8)
+    heat = np.zeros((2, 2))
+    heat[0, 1] = 1
+    for figure in (
+        plot_heat_maps([grey], [torch.tensor(heat)], ["cat"]),
+        plot_top_losses([TopLoss(Image.fromarray(grey), "1.jpg", "cat", "dog", 0.9, 3.0, heat)]),
+    ):
+        drawn = np.asarray(figure.axes[0].images[0].get_array()).astype(int)
+        changed = np.abs(drawn - 128).max(2)
+        assert changed[:, :2].max() == 0
+        assert changed[4:].max() <= changed[0, -1]
+        assert changed[0, -1] == changed.max() > 50
+
+
+def test_what_the_heat_colours_mean_is_explained_only_where_there_are_some() -> None:
+    assert len(plot_top_losses([mistake()]).axes) == 1
+    figure = plot_top_losses([mistake(), mistake(heat=HEAT)])
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["no evidence", "most evidence"]
+
+
+def test_maps_and_titles_must_be_as_many_as_pictures() -> None:
+    with pytest.raises(SettingError, match="1 images, 2 maps and 1 titles"):
+        plot_heat_maps([picture()], [HEAT] * 2, ["cat"])
+
+
 def test_large_pictures_are_reduced_and_the_callers_picture_is_not() -> None:
     large = picture(2000, 1000)
     (axes,) = plot_samples([large], ["cat"]).axes
@@ -229,20 +298,10 @@ def test_large_pictures_are_reduced_and_the_callers_picture_is_not() -> None:
 def test_a_grid_of_nothing_is_refused() -> None:
     with pytest.raises(SettingError, match="no pictures to plot"):
         plot_predictions([])
-    with pytest.raises(SettingError, match="columns=0; it must be 1 or more"):
+    with pytest.raises(SettingError, match="columns must be 1 or more, got 0"):
         plot_predictions([view()], columns=0)
     with pytest.raises(SettingError, match="2 images and 1 labels"):
         plot_samples([picture()] * 2, ["cat"])
-
-
-def test_drawing_changes_no_global_setting_and_opens_no_window() -> None:
-    from matplotlib import pyplot
-
-    before = dict(mpl.rcParams)
-    plot_history(run([0.5]))
-    plot_predictions([view()])
-    assert dict(mpl.rcParams) == before
-    assert pyplot.get_fignums() == []
 
 
 @pytest.mark.parametrize(("extension", "start"), [(".png", b"\x89PNG"), (".SVG", b"<?xml"), (".pdf", b"%PDF")])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transferkit.batches import Inputs, moved
 from transferkit.inference import fast_forward
 
-__all__ = ["collect_logits", "is_worth_preparing", "keeps_mode"]
+__all__ = ["collect_logits", "is_worth_preparing", "keeps_mode", "logits_by_batch"]
 
 _WORTH = 64 * 224 * 224  # pixels
 
@@ -42,6 +43,7 @@ def collect_logits(
     *,
     engine: str = "eager",
     before_batch: Callable[[], object] | None = None,
+    views: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model over labelled batches in eval mode; its training mode is left as it was.
 
@@ -52,26 +54,75 @@ def collect_logits(
         device: Where to compute.
         engine: What computes then, one of :data:`~transferkit.inference.ENGINES`.
         before_batch: Called before each batch is computed.
+        views: Of :func:`~transferkit.tta.tta_views`, to look at each picture several times; ``None`` for once.
 
     Returns:
-        Logits (N, num_classes) float32 and labels (N,) int64, on the CPU.
+        Logits (N, num_classes) float32 and labels (N,) int64, on the CPU. With ``views`` they are the logarithms of the
+        mean probabilities.
 
     Raises:
         SettingError: The engine does not exist, is not installed, or cannot compute this model.
     """
+    found = logits_by_batch(model, batches, device, engine=engine, before_batch=before_batch, views=views)
     logits, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+    for given, targets in found:
+        logits.append(given)
+        labels.append(targets)
+    return torch.cat(logits[1:] or logits), torch.cat(labels)
+
+
+def logits_by_batch(
+    model: nn.Module,
+    batches: Iterable[tuple[Inputs, Tensor]],
+    device: torch.device,
+    *,
+    engine: str = "eager",
+    before_batch: Callable[[], object] | None = None,
+    views: Callable[[Tensor], list[Tensor]] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Do the same batch by batch, and keep nothing; between two batches the model is in its own training mode.
+
+    Args:
+        model: As for :func:`collect_logits`, and so are all others.
+        batches: A loader with workers reads the next batches meanwhile.
+        device: Where to compute.
+        engine: What computes.
+        before_batch: Called before each batch is computed.
+        views: To look at each picture several times.
+
+    Yields:
+        Logits (B, num_classes) float32 and labels (B,) int64, on the CPU.
+
+    Raises:
+        SettingError: The engine does not exist, is not installed, or cannot compute this model.
+
+    Example:
+        >>> pictures = [(torch.zeros(2, 3), torch.tensor([0, 1]))]
+        >>> [logits.shape for logits, _ in logits_by_batch(nn.Linear(3, 2), pictures, torch.device("cpu"))]
+        [torch.Size([2, 2])]
+    """
     forward: Callable[[Any], Any] = model
-    with keeps_mode(model), torch.no_grad():
-        model.eval()
-        for inputs, targets in batches:
+    for number, (inputs, targets) in enumerate(batches):
+        with keeps_mode(model), torch.no_grad():
+            model.eval()
             if before_batch is not None:
                 before_batch()
             inputs = moved(inputs, device)
-            if len(logits) == 1 and isinstance(inputs, Tensor) and is_worth_preparing(batches, inputs):
-                forward = fast_forward(model, inputs, engine=engine)
-            logits.append(forward(inputs).float().cpu())
-            labels.append(targets.cpu())
-    return torch.cat(logits[1:] or logits), torch.cat(labels)
+            looks: Sequence[Inputs] = [inputs]
+            if views is not None and isinstance(inputs, Tensor):
+                looks = views(inputs)
+            first = looks[0]
+            if number == 0 and isinstance(first, Tensor) and is_worth_preparing(batches, first):
+                forward = fast_forward(model, first, engine=engine)
+            given = [forward(each).float() for each in looks]
+            logits = given[0] if len(given) == 1 else _averaged(given)
+        yield logits.cpu(), targets.cpu()
+
+
+def _averaged(logits: list[Tensor]) -> Tensor:
+    """Return the logarithms of the mean probabilities."""
+    shares = torch.stack([torch.log_softmax(each, 1) for each in logits])
+    return torch.logsumexp(shares, 0) - math.log(len(logits))
 
 
 def is_worth_preparing(batches: Any, images: Tensor) -> bool:

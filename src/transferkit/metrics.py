@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transferkit.exceptions import DataError, SettingError
+from transferkit.calibration import confidences_of, expected_calibration_error, wilson_interval
+from transferkit.exceptions import DataError
+from transferkit.ranges import check_whole_number
 
 __all__ = ["Evaluation", "evaluate_logits", "topk"]
 
@@ -21,28 +23,43 @@ class Evaluation:
 
     Attributes:
         accuracy: Share of pictures whose largest logit is the right class, 0 to 1.
-        loss: Mean cross-entropy in nats, without smoothing or class weights.
+        accuracy_interval: Between which values it probably lies for pictures like these, at 95 % (Wilson); it tells how
+            much so few pictures say, not whether they are like those to come.
+        loss: Mean cross-entropy in nats, without smoothing, class weights or temperature.
+        ece: Expected calibration error of the confidences, 0 to 1, in 15 bins, with the model's temperature.
         count: Number of pictures.
         per_class: By class name: ``precision``, ``recall``, ``f1`` (0 to 1; 0 where undefined) and ``count``.
     """
 
     accuracy: float
+    accuracy_interval: tuple[float, float]
     loss: float
+    ece: float
     count: int
     per_class: dict[str, dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"accuracy": self.accuracy, "loss": self.loss, "count": self.count, "per_class": self.per_class}
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_interval": list(self.accuracy_interval),
+            "loss": self.loss,
+            "ece": self.ece,
+            "count": self.count,
+            "per_class": self.per_class,
+        }
 
 
-def evaluate_logits(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluation:
-    """Compute accuracy, loss and per-class figures.
+def evaluate_logits(
+    logits: Tensor, labels: Tensor, class_names: Sequence[str], *, temperature: float = 1.0
+) -> Evaluation:
+    """Compute accuracy with its interval, loss, calibration error and per-class figures.
 
     Args:
         logits: (N, num_classes) float.
         labels: (N,) int, indices into ``class_names``.
         class_names: One name per class.
+        temperature: What the logits are divided by for the confidences, above 0.
 
     Raises:
         DataError: There is no picture.
@@ -58,13 +75,16 @@ def evaluate_logits(logits: Tensor, labels: Tensor, class_names: Sequence[str]) 
     if len(labels) == 0:
         raise DataError("there are no pictures to evaluate")
     predicted, classes = logits.argmax(1), len(class_names)
+    is_right = predicted == labels
     there, said, right = (
-        torch.bincount(each, minlength=classes).double() for each in (labels, predicted, labels[predicted == labels])
+        torch.bincount(each, minlength=classes).double() for each in (labels, predicted, labels[is_right])
     )
     figures = {"precision": right / said, "recall": right / there, "f1": 2 * right / (said + there)}
     return Evaluation(
-        accuracy=(predicted == labels).double().mean().item(),
+        accuracy=is_right.double().mean().item(),
+        accuracy_interval=wilson_interval(int(is_right.sum()), len(labels)),
         loss=F.cross_entropy(logits.double(), labels).item(),
+        ece=expected_calibration_error(*confidences_of(logits, labels, temperature=temperature)),
         count=len(labels),
         per_class={
             name: {
@@ -85,9 +105,8 @@ def topk(probabilities: Tensor, class_names: Sequence[str], k: int) -> list[tupl
         k: How many, 1 or more; more than there are classes gives all of them.
 
     Raises:
-        SettingError: ``k`` is below 1.
+        SettingError: ``k`` is no whole number, or below 1.
     """
-    if k < 1:
-        raise SettingError(f"k must be 1 or more, got {k}")
+    check_whole_number("k", k, at_least=1)
     values, indices = torch.topk(probabilities, min(k, len(class_names)))
     return [(class_names[index], value) for value, index in zip(values.tolist(), indices.tolist(), strict=True)]

@@ -5,6 +5,7 @@ from transferkit.callbacks.averaging import EMA
 from transferkit.callbacks.checkpointing import BestCheckpoint, EarlyStopping
 from transferkit.callbacks.logging import CSVLogger, Progress, TensorBoard, UnfreezeLogger
 from transferkit.callbacks.lr_scheduler import LRScheduler
+from transferkit.callbacks.recording import StepRecorder
 from transferkit.callbacks.resuming import ResumeCheckpoint
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LRScheduler",
     "Progress",
     "ResumeCheckpoint",
+    "StepRecorder",
     "TensorBoard",
     "UnfreezeLogger",
 ]

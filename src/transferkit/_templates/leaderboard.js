@@ -1,0 +1,17 @@
+const table = document.querySelector("table");
+const heads = [...table.tHead.rows[0].cells];
+heads.forEach((head, column) => {
+  head.querySelector("button").addEventListener("click", () => {
+    const down = head.getAttribute("aria-sort") === "ascending";
+    heads.forEach((each) => each.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const value = (row) => row.cells[column].dataset.value;
+    const order = (one, other) => {
+      if (one === "" || other === "") return (one === "") - (other === "");
+      const sign = down ? -1 : 1;
+      return sign * (Number.isNaN(Number(one) - Number(other)) ? one.localeCompare(other) : one - other);
+    };
+    const rows = [...table.tBodies[0].rows].sort((one, other) => order(value(one), value(other)));
+    table.tBodies[0].append(...rows);
+  });
+});

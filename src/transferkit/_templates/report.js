@@ -1,0 +1,15 @@
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    head.querySelector("button").addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      heads.forEach((each) => each.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
+      const order = (one, other) =>
+        column === 0 ? value(one).localeCompare(value(other)) : Number(value(one)) - Number(value(other));
+      const rows = [...table.tBodies[0].rows].sort((one, other) => (down ? -1 : 1) * order(one, other));
+      table.tBodies[0].append(...rows);
+    });
+  });
+}
