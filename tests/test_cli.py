@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from transferkit import cli
+from transferkit import __version__, cli
 
 NETWORK = ["--model", "timm/test_resnet", "--weights", "none", "--image-size", "32"]
 
@@ -55,13 +55,15 @@ def test_finetune_writes_model_history_and_plots(trained: Path):
         "history.csv",
         "curves.png",
         "predictions.png",
+        "report.html",
+        "validation.csv",
     }
 
 
 def test_finetune_json_has_the_promised_keys(tmp_path: Path, picture_folder: Path):
     stdout, _ = run("finetune", picture_folder, *NETWORK, "--epochs", 2, "--output", tmp_path / "run", "--json")
     result = json.loads(stdout)
-    assert set(result) == {"output", "classes", "best", "history", "seconds"}
+    assert set(result) == {"output", "report", "classes", "best", "history", "seconds"}
     assert set(result["best"]) == {"epoch", "val_accuracy", "val_loss"}
     assert [row["epoch"] for row in result["history"]] == [1, 2]
     assert set(result["history"][0]) == {"epoch", "train_loss", "val_loss", "val_accuracy", "seconds"}
@@ -73,7 +75,7 @@ def test_evaluate_agrees_with_the_best_epoch_and_predict_with_evaluate(tmp_path:
     stdout, _ = run("finetune", picture_folder, *NETWORK, "--epochs", 2, "--output", tmp_path / "run", "--json")
     best = json.loads(stdout)["best"]
     evaluation = json.loads(run("evaluate", tmp_path / "run", picture_folder / "val", "--json")[0])
-    assert set(evaluation) == {"accuracy", "loss", "count", "per_class"}
+    assert set(evaluation) == {"accuracy", "accuracy_interval", "loss", "ece", "count", "per_class"}
     assert evaluation["accuracy"] == best["val_accuracy"]
     assert evaluation["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
 
@@ -138,7 +140,7 @@ MISTAKES = {
         ["does not fit", "missing", "left over"],
     ),
     "output holds a run": (["{data}", *NETWORK, "--output", "{tmp}/used"], ["already holds a run", "--overwrite"]),
-    "no epoch": (["{data}", *NETWORK, "--epochs", "0"], ["epochs", "1 or more", "0"]),
+    "no epoch": (["{data}", *NETWORK, "--epochs", "0"], ["epochs", "from 1 to 1,000,000", "0"]),
 }
 
 
@@ -187,7 +189,7 @@ def test_leaving_at_once_still_says_everything_and_runs_what_was_registered_for_
         "sys.argv = ['transferkit', '--version']; run()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout.splitlines() == [cli.__version__, "last words"]
+    assert result.stdout.splitlines() == [__version__, "last words"]
     assert result.stderr == ""
 
 
@@ -221,7 +223,7 @@ def test_help_loads_nothing_heavy():
 
 def test_version_is_printed():
     stdout, _ = run("--version")
-    assert stdout.strip() == cli.__version__
+    assert stdout.strip() == __version__
 
 
 def test_stages_prints_names_parameters_and_native_modules():

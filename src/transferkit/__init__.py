@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "activations": ["ActivationCache"],
     "backbones": ["list_models", "model_info"],
+    "calibration": ["Calibration"],
     "callbacks": [
         "EMA",
         "BestCheckpoint",
@@ -22,15 +23,19 @@ _EXPORTS = {
         "LRScheduler",
         "Progress",
         "ResumeCheckpoint",
+        "StepRecorder",
         "TensorBoard",
         "UnfreezeLogger",
     ],
     "checkpoint": ["load_artifact", "save_artifact"],
+    "comparison": ["ComparisonInterrupted", "compare"],
     "create": ["adapt", "create_model"],
     "data": ["PictureData", "from_datasets", "image_folder", "loader"],
     "exceptions": [
         "ArtifactError",
+        "CallbackError",
         "DataError",
+        "ExportError",
         "OutputError",
         "PictureError",
         "SettingError",
@@ -40,6 +45,8 @@ _EXPORTS = {
         "UnknownStageError",
         "WeightsError",
     ],
+    "export": ["export_onnx", "export_program"],
+    "explain": ["heat_map"],
     "finetuner": ["Finetuner"],
     "freezing": [
         "FreezeFirst",
@@ -53,16 +60,19 @@ _EXPORTS = {
         "TrainLast",
     ],
     "history": ["EpochRecord", "History"],
+    "hub": ["export_hub", "push_to_hub"],
     "interrupts": ["Interrupted"],
+    "leaderboard": ["Leaderboard", "LeaderboardRow"],
     "lr_finder": ["LRFinding", "find_lr"],
     "metrics": ["Evaluation"],
     "model": ["Stage", "TrainingOutput", "TransferModel"],
     "optim": ["build_optimizer", "param_groups"],
-    "prediction": ["Prediction", "predict"],
+    "prediction": ["Prediction", "predict", "save_predictions", "stream_predictions"],
     "preprocessing": ["Preprocessing"],
     "schedules": ["Constant", "Cosine", "ExponentialDecay", "OneCycle", "Plateau", "StepDecay"],
     "splitting": ["Split", "split"],
     "trainer": ["Trainer"],
+    "transferability": ["h_score", "log_me"],
     "transforms": ["denormalize", "eval_transform", "train_transform"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -87,6 +97,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from transferkit.activations import ActivationCache as ActivationCache
     from transferkit.backbones import list_models as list_models, model_info as model_info
+    from transferkit.calibration import Calibration as Calibration
     from transferkit.callbacks import (
         EMA as EMA,
         BestCheckpoint as BestCheckpoint,
@@ -96,10 +107,12 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         LRScheduler as LRScheduler,
         Progress as Progress,
         ResumeCheckpoint as ResumeCheckpoint,
+        StepRecorder as StepRecorder,
         TensorBoard as TensorBoard,
         UnfreezeLogger as UnfreezeLogger,
     )
     from transferkit.checkpoint import load_artifact as load_artifact, save_artifact as save_artifact
+    from transferkit.comparison import ComparisonInterrupted as ComparisonInterrupted, compare as compare
     from transferkit.create import adapt as adapt, create_model as create_model
     from transferkit.data import (
         PictureData as PictureData,
@@ -109,7 +122,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
     from transferkit.exceptions import (
         ArtifactError as ArtifactError,
+        CallbackError as CallbackError,
         DataError as DataError,
+        ExportError as ExportError,
         OutputError as OutputError,
         PictureError as PictureError,
         SettingError as SettingError,
@@ -119,6 +134,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         UnknownStageError as UnknownStageError,
         WeightsError as WeightsError,
     )
+    from transferkit.explain import heat_map as heat_map
+    from transferkit.export import export_onnx as export_onnx, export_program as export_program
     from transferkit.finetuner import Finetuner as Finetuner
     from transferkit.freezing import (
         FreezeFirst as FreezeFirst,
@@ -132,12 +149,19 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         TrainLast as TrainLast,
     )
     from transferkit.history import EpochRecord as EpochRecord, History as History
+    from transferkit.hub import export_hub as export_hub, push_to_hub as push_to_hub
     from transferkit.interrupts import Interrupted as Interrupted
+    from transferkit.leaderboard import Leaderboard as Leaderboard, LeaderboardRow as LeaderboardRow
     from transferkit.lr_finder import LRFinding as LRFinding, find_lr as find_lr
     from transferkit.metrics import Evaluation as Evaluation
     from transferkit.model import Stage as Stage, TrainingOutput as TrainingOutput, TransferModel as TransferModel
     from transferkit.optim import build_optimizer as build_optimizer, param_groups as param_groups
-    from transferkit.prediction import Prediction as Prediction, predict as predict
+    from transferkit.prediction import (
+        Prediction as Prediction,
+        predict as predict,
+        save_predictions as save_predictions,
+        stream_predictions as stream_predictions,
+    )
     from transferkit.preprocessing import Preprocessing as Preprocessing
     from transferkit.schedules import (
         Constant as Constant,
@@ -149,6 +173,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     )
     from transferkit.splitting import Split as Split, split as split
     from transferkit.trainer import Trainer as Trainer
+    from transferkit.transferability import h_score as h_score, log_me as log_me
     from transferkit.transforms import (
         denormalize as denormalize,
         eval_transform as eval_transform,

@@ -18,8 +18,9 @@ from transferkit.heads import Head
 from transferkit.model import TransferModel
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
+from transferkit.ranges import check_seed
 
-__all__ = ["adapt", "create_model", "outline"]
+__all__ = ["adapt", "agreed", "create_model", "outline"]
 
 logger = logging.getLogger("transferkit")
 
@@ -76,8 +77,10 @@ def create_model(
     names = _class_names(class_names, num_classes)
     shape = Head(len(names), dropout=dropout, hidden_size=hidden_size)
     if preprocessing is not None:
-        image_size = _agreed("image_size", image_size, preprocessing.size)
-        in_chans = _agreed("in_chans", in_chans, preprocessing.channels)
+        image_size = agreed("image_size", image_size, preprocessing.size)
+        in_chans = agreed("in_chans", in_chans, preprocessing.channels)
+    if seed is not None:
+        check_seed(seed)
     with nullcontext() if seed is None else seeded(seed, 3):
         backbone = load_backbone(
             name,
@@ -121,7 +124,8 @@ def adapt(
         A :class:`TransferModel` with nothing frozen, its stages in the order in which the module runs.
 
     Raises:
-        SettingError: The head cannot be found or replaced; the message says which argument settles it.
+        SettingError: A value is outside its range, or the head cannot be found or replaced; the message says which
+            argument settles it.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
@@ -130,6 +134,8 @@ def adapt(
     """
     names = _class_names(class_names, num_classes)
     shape = Head(len(names), dropout=dropout, hidden_size=hidden_size)
+    if seed is not None:
+        check_seed(seed)
     with nullcontext() if seed is None else seeded(seed, 3):
         backbone = adapt_module(module, head=head, preprocessing=preprocessing)
         return TransferModel(backbone, class_names=names, head=shape)
@@ -173,7 +179,21 @@ def _class_names(class_names: Sequence[str] | None, num_classes: int | None) -> 
     return tuple(str(index) for index in range(num_classes or 0))
 
 
-def _agreed(argument: str, given: int | None, stated: int) -> int:
+def agreed(argument: str, given: int | None, stated: int) -> int:
+    """Return what a preprocessing states, unless an argument of the same meaning says something else.
+
+    Args:
+        argument: Its name.
+        given: Its value, or ``None``.
+        stated: What the preprocessing has.
+
+    Raises:
+        SettingError: They contradict each other.
+
+    Example:
+        >>> agreed("image_size", None, 224)
+        224
+    """
     if given not in (None, stated):
         raise SettingError(f"{argument}={given} and preprocessing for {stated} contradict each other; give one of them")
     return stated

@@ -18,6 +18,7 @@ from transferkit.model import TransferModel
 
 __all__ = [
     "PRECISIONS",
+    "check_compiler",
     "choose_device",
     "is_main_process",
     "make_accelerator",
@@ -157,3 +158,19 @@ def runs_channels_last(model: TransferModel) -> bool:
     except RuntimeError:  # a view of what is no longer in one piece
         return False
     return True
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile one operation, to know in seconds whether torch can compile at all.
+
+    Args:
+        device: Where it is to run.
+
+    Raises:
+        SettingError: It cannot; on a CPU it needs a C++ compiler.
+    """
+    try:
+        torch.compile(lambda number: number + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # torch has an error of its own for each thing that can be missing
+        sentence = " ".join(str(error).split())[:300]
+        raise SettingError(f"torch cannot compile on {device} ({sentence}); leave out torch_compile") from error

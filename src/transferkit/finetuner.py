@@ -2,78 +2,54 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from transferkit.bad_pictures import check_on_bad_image, readable_files
-from transferkit.callbacks import (
-    EMA,
-    BestCheckpoint,
-    Callback,
-    EarlyStopping,
-)
-from transferkit.callbacks.resuming import check_pace
-from transferkit.checkpoint import HISTORY, WEIGHTS, load_artifact, save_artifact
+from transferkit.bad_pictures import readable_files
+from transferkit.calibration import Calibration, calibrate_logits
+from transferkit.checkpoint import HISTORY, WEIGHTS, load_artifact, save_artifact, save_temperature
 from transferkit.data import from_datasets, labelled_folder
 from transferkit.devices import choose_device
-from transferkit.distribution import check_same_everywhere, load_network_state, share_object
 from transferkit.evaluation import collect_logits
 from transferkit.exceptions import SettingError
-from transferkit.freezing import FreezePolicy, policy_from_text
-from transferkit.heads import Head
+from transferkit.fitting import fit
 from transferkit.history import History
-from transferkit.identity import check_same_run
-from transferkit.inference import check_engine
-from transferkit.loading import in_channels
 from transferkit.metrics import evaluate_logits
 from transferkit.model import TransferModel
-from transferkit.optim import OptimizerFactory, check_rates, find_optimizer
 from transferkit.pieces import (
+    Data,
     build_model,
-    claimed_folder,
     class_weights,
-    identity_of,
-    make_activations,
-    make_callbacks,
+    drawn_pictures,
     make_loader,
     make_optimizer,
     read_pictures,
-    resume_checkpoint,
+    workers_for,
 )
-from transferkit.plan import note_enlarging, plan_text
-from transferkit.prediction import Pictures, Prediction, predict
-from transferkit.preprocessing import Preprocessing
-from transferkit.randomness import seeded
-from transferkit.recipes import Recipe, default_recipe
-from transferkit.schedules import Schedule, schedule_by_name
+from transferkit.prediction import Pictures, Prediction, stream_predictions
+from transferkit.ranges import check_whole_number
+from transferkit.settings import Settings, check_settings
 from transferkit.sources import LabelledPictures, PictureData
-from transferkit.trainer import Trainer, check_training
-from transferkit.transforms import Transform, eval_transform, train_transform
+from transferkit.transforms import train_transform
+from transferkit.tta import tta_views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from transferkit.lr_finder import LRFinding
-    from transferkit.run_folder import RunFolder
 
 __all__ = ["Data", "Finetuner"]
 
-logger = logging.getLogger("transferkit")
-
-Data = str | os.PathLike[str] | PictureData | tuple[Any, Any]
-"""A picture folder, a :class:`PictureData`, or a pair of map-style data sets (train, val)."""
-
 
 @dataclass(kw_only=True)
-class Finetuner:
+class Finetuner(Settings):
     """Fine-tune a pretrained network on your own pictures.
 
     Constructing stores the settings; :meth:`fit` reads the data, loads the network and trains. Settings left at
@@ -118,6 +94,7 @@ class Finetuner:
         patience: Epochs without a better ``monitor`` after which training ends, 1 or more; ``None`` for all epochs.
         monitor: What makes an epoch the best: ``"val_accuracy"``, ``"val_loss"`` or ``"train_loss"``.
         val_fraction: Share held out for validation where the data has no split, in (0, 1).
+        natural_sort: Whether classes are sorted by the numbers in their names, ``2`` before ``10``.
         on_bad_image: What happens to picture files that cannot be read: ``"raise"`` names them before anything is
             trained; ``"skip"`` leaves them out, says so, and lists them in ``bad_images.csv`` of ``output_dir``.
         seed: Of everything that is random, 0 or more.
@@ -157,145 +134,9 @@ class Finetuner:
         LinearProbe()
     """
 
-    backbone: str | nn.Module = field(kw_only=False)
-    weights: str | os.PathLike[str] | None = "default"
-    epochs: int = 5
-    policy: FreezePolicy | str | None = None
-    batch_size: int = 16
-    lr: float | None = None
-    weight_decay: float | None = None
-    layer_decay: float | None = None
-    head_lr_multiplier: float | None = None
-    keep_statistics: bool | None = None
-    optimizer: str | OptimizerFactory = "adamw"
-    schedule: Schedule | str | None = None
-    image_size: int | None = None
-    in_chans: int | None = None
-    aux: str = "drop"
-    small_images: str = "upsample"
-    head: str | None = None
-    preprocessing: Preprocessing | None = None
-    train_preset: str | Transform | None = None
-    eval_preset: str = "imagenet"
-    dropout: float = 0.0
-    hidden_size: int | None = None
-    label_smoothing: float | None = None
-    class_weights: Sequence[float] | str | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    accumulate: int = 1
-    clip_grad_norm: float | None = None
-    balanced: bool = False
-    ema: float | None = None
-    patience: int | None = None
-    monitor: str = "val_accuracy"
-    val_fraction: float = 0.2
-    on_bad_image: str = "raise"
-    seed: int = 0
-    output_dir: str | os.PathLike[str] | None = None
-    overwrite: bool = False
-    checkpoint_every: int | None = None
-    checkpoint_interval: float = 5.0
-    views: int | None = None
-    cache_budget: int | str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    cache_dtype: str = "auto"
-    engine: str = "eager"
-    torch_compile: bool = False
-    resident: bool | None = None
-    device: str | None = None
-    precision: str = "auto"
-    shard: bool = False
-    sync_batch_norm: bool = False
-    num_workers: int | None = None
-    callbacks: Sequence[Callback] = ()
-    progress: bool = True
     model: TransferModel | None = field(default=None, init=False, repr=False)
     history: History = field(default_factory=History, init=False, repr=False)
     data: PictureData | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Validate what can be validated before the data and the network are known."""
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        self._check_backbone()
-        if self.num_workers is not None and self.num_workers < 0:
-            raise SettingError(f"num_workers must be 0 or more, or None, got {self.num_workers}")
-        if not 0 < self.val_fraction < 1:
-            raise SettingError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
-        check_on_bad_image(self.on_bad_image)
-        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
-            raise SettingError(f"class_weights={self.class_weights!r}; it can be 'balanced', a list, or None")
-        if self.balanced and self.class_weights is not None:
-            raise SettingError("balanced=True and class_weights both even out the classes; choose one of them")
-        BestCheckpoint(monitor=self.monitor)
-        check_pace(every=self.checkpoint_every, min_interval=self.checkpoint_interval)
-        if self.patience is not None:
-            EarlyStopping(patience=self.patience)
-        if self.ema is not None:
-            EMA(self.ema)
-        make_activations(self)
-        check_engine(self.engine)
-        Head(1, dropout=self.dropout, hidden_size=self.hidden_size)
-        probe = Preprocessing() if self.image_size is None else Preprocessing().resized(self.image_size)
-        if self.train_preset is not None:
-            train_transform(self.train_preset, probe)
-        eval_transform(self.eval_preset, probe)
-        recipe = self.recipe
-        check_rates(
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            layer_decay=recipe.layer_decay,
-            head_lr_multiplier=recipe.head_lr_multiplier,
-        )
-        find_optimizer(self.optimizer)
-        check_training(
-            seed=self.seed,
-            label_smoothing=recipe.label_smoothing,
-            class_weights=None if isinstance(self.class_weights, str) else self.class_weights,
-            mixup=self.mixup,
-            cutmix=self.cutmix,
-            accumulate=self.accumulate,
-            clip_grad_norm=self.clip_grad_norm,
-            precision=self.precision,
-        )
-
-    def _check_backbone(self) -> None:
-        """Refuse what a module cannot have, and what only a module can."""
-        if not isinstance(self.backbone, nn.Module):
-            if self.head is not None:
-                raise SettingError("head= goes with a module; the head of a named backbone is known")
-            return
-        for name, default in (("image_size", None), ("in_chans", None), ("aux", "drop"), ("small_images", "upsample")):
-            if getattr(self, name) != default:
-                raise SettingError(
-                    f"{name} goes with a backbone's name; give a module preprocessing=Preprocessing(...)"
-                )
-        if self.weights not in (None, "default"):
-            raise SettingError("weights goes with a backbone's name; load a module's weights before it is passed")
-
-    @property
-    def recipe(self) -> Recipe:
-        """The default recipe with every setting that was given in its place."""
-        policy = policy_from_text(self.policy) if isinstance(self.policy, str) else self.policy
-        recipe = default_recipe(
-            policy,
-            self.epochs,
-            lr=self.lr,
-            pretrained=self.weights is not None,
-            rescaled=self.small_images == "stem",
-            views=self.views,
-        )
-        schedule = schedule_by_name(self.schedule) if isinstance(self.schedule, str) else self.schedule
-        return recipe.replaced(
-            schedule=schedule,
-            weight_decay=self.weight_decay,
-            layer_decay=self.layer_decay,
-            head_lr_multiplier=self.head_lr_multiplier,
-            train_preset=self.train_preset,
-            label_smoothing=self.label_smoothing,
-        )
 
     def fit(self, data: Data, *, resume: str | None = None) -> History:
         """Train on labelled pictures; the best epoch's weights are in :attr:`model` afterwards.
@@ -317,88 +158,15 @@ class Finetuner:
             UnknownModelError: No such backbone.
             WeightsError: The weights do not exist or do not fit.
             UnknownStageError: The policy names a stage that the network does not have.
-            SettingError: A setting does not go with the data or the network.
+            SettingError: A setting is outside its range, or does not go with the data or the network.
+            CallbackError: A callback has failed. The best weights so far are in :attr:`model`, and in ``output_dir``
+                with what ``resume="auto"`` goes on from.
+            Interrupted: SIGINT (Ctrl-C) or SIGTERM came; the same is kept then.
         """
+        check_settings(self)
         if resume not in (None, "auto"):
             raise SettingError(f"resume={resume!r}; it can be 'auto', or None to start anew")
-        with claimed_folder(self, resume=resume == "auto") as folder:
-            return self._fit(data, folder, resume=resume == "auto")
-
-    def _fit(self, data: Data, folder: RunFolder | None, *, resume: bool) -> History:
-        started = time.perf_counter()
-        self.data = read_pictures(self, data)
-        self.model = build_model(self, self.data)
-        note_enlarging(self.model, self.data.train)
-        recipe = self.recipe
-        identity = identity_of(self, self.model, self.data)
-        checkpoint = None if folder is None else resume_checkpoint(self, folder, identity)
-        optimizer = make_optimizer(self, self.model)
-        trainer = Trainer(
-            self.model,
-            optimizer,
-            policy=recipe.policy,
-            callbacks=make_callbacks(self, folder, checkpoint),
-            seed=self.seed,
-            label_smoothing=recipe.label_smoothing,
-            class_weights=class_weights(self, self.data),
-            mixup=self.mixup,
-            cutmix=self.cutmix,
-            accumulate=self.accumulate,
-            clip_grad_norm=self.clip_grad_norm,
-            device=self.device,
-            precision=self.precision,
-            shard=self.shard,
-            sync_batch_norm=self.sync_batch_norm,
-            activations=make_activations(self),
-            engine=self.engine,
-            torch_compile=self.torch_compile,
-        )
-        self.history = trainer.history
-        given: dict[str, Any] = {
-            "channels": self.model.preprocessing.channels,
-            "rank": trainer.accelerator.process_index,
-            "world_size": trainer.accelerator.num_processes,
-            "device": trainer.device,
-        }
-        preprocessing = self.model.preprocessing
-        train = make_loader(
-            self, self.data.train, train_transform(recipe.train_preset, preprocessing), train=True, **given
-        )
-        val = make_loader(self, self.data.val, eval_transform(self.eval_preset, preprocessing), train=False, **given)
-        # before a state is taken back: the optimizer still has each group's own lr
-        shown = self.progress and trainer.is_main_process
-        plan = shown and plan_text(
-            self.model,
-            self.data,
-            recipe,
-            optimizer,
-            epochs=self.epochs,
-            steps_per_epoch=-(-len(train) // self.accumulate),
-            activations=trainer.plan_activations(train, val, epochs=self.epochs),
-        )
-        check_same_everywhere(trainer.accelerator, identity)
-        if checkpoint is not None and resume:
-            state = share_object(trainer.accelerator, folder.state() if folder and trainer.is_main_process else None)
-            if state is not None:
-                check_same_run(state["identity"], checkpoint.identity, folder=self.output_dir or "")
-                if "weights" in state:
-                    return self._finished(trainer, state)
-                trainer.load_state_dict(state)
-        if shown:
-            from rich.console import Console
-
-            Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(plan)
-        trainer.fit(train, val, epochs=self.epochs)
-        if self.output_dir is not None and trainer.is_main_process:
-            run = {
-                "settings": self.settings(),
-                "best": self.history.best(self.monitor).to_dict(),
-                "seconds": time.perf_counter() - started,
-            }
-            save_artifact(self.model, self.output_dir, extra={**run, "identity": checkpoint and checkpoint.identity})
-            if checkpoint is not None:
-                checkpoint.store.clear()
-        return self.history
+        return fit(self, data, resume=resume == "auto")
 
     def find_lr(self, data: Data, **options: Any) -> LRFinding:
         """Try learning rates on a copy of the network (the learning rate range test); nothing is trained or kept.
@@ -415,14 +183,16 @@ class Finetuner:
             SettingError: The loss never fell, so that no rate can be suggested.
             TransferkitError: Whatever keeps :meth:`fit` from beginning.
         """
-        from transferkit.lr_finder import find_lr
+        from transferkit.lr_finder import check_sweep, find_lr
 
+        check_settings(self)
+        check_sweep(**options)
         pictures = read_pictures(self, data)
+        weights = class_weights(self, pictures)
         model = build_model(self, pictures)
         recipe = self.recipe
         model.freeze(recipe.policy.frozen_stages(model.stage_names, 0))
         transform = train_transform(recipe.train_preset, model.preprocessing)
-        weights = class_weights(self, pictures)
         return find_lr(
             model,
             make_optimizer(self, model),
@@ -435,49 +205,87 @@ class Finetuner:
             **options,
         )
 
-    def _finished(self, trainer: Trainer, state: dict[str, Any]) -> History:
-        """Take over what a run has left that needs nothing more."""
-        load_network_state(self._trained().network, state["weights"])
-        self.history = state["history"]
-        logger.info("the run in %s is finished; Finetuner.load(%r) trains on from it", self.output_dir, self.output_dir)
-        return self.history
-
-    def evaluate(self, data: str | os.PathLike[str] | Any) -> dict[str, Any]:
+    def evaluate(self, data: str | os.PathLike[str] | Any, *, tta: str | None = None) -> dict[str, Any]:
         """Measure the model on labelled pictures.
 
         Args:
             data: A folder of class folders (mapped by name), one with ``val/`` in it, or a map-style data set.
+            tta: Test-time augmentation, as for :func:`transferkit.predict`.
 
         Returns:
-            ``{"accuracy": 0 to 1, "loss": nats, "count": pictures, "per_class": …}`` as in :class:`Evaluation`.
+            ``{"accuracy": 0 to 1, "accuracy_interval": [low, high], "loss": nats, "ece": 0 to 1, "count": pictures,
+            "per_class": …}`` as in :class:`Evaluation`.
 
         Raises:
             DataError: The data cannot be used, or holds a class that the model does not know.
-            SettingError: The model is not trained or loaded yet.
+            SettingError: The model is not trained or loaded yet, or there is no such ``tta``.
         """
         model = self._trained()
-        source: LabelledPictures
-        if isinstance(data, str | os.PathLike):
-            source = readable_files(labelled_folder(data, model.class_names), on_bad_image=self.on_bad_image)
+        logits, labels = self._logits(self._labelled(data), tta=tta)
+        return evaluate_logits(logits, labels, model.class_names, temperature=model.temperature).to_dict()
+
+    def calibrate(
+        self,
+        data: str | os.PathLike[str] | Any = None,
+        *,
+        precision: float | None = None,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> Calibration:
+        """Fit the model's temperature to labelled pictures that it was not trained on; the answers stay the same.
+
+        Args:
+            data: As for :meth:`evaluate`; ``None`` for the validation pictures of :meth:`fit`, which has done it with
+                them already where there are enough.
+            precision: Share of accepted answers that should be right, to find the confidence for; ``None`` for none.
+            directory: The saved model that keeps the temperature; ``None`` for :attr:`model` alone.
+
+        Returns:
+            The temperature, and what it does to the confidences of these pictures.
+
+        Raises:
+            DataError: The data cannot be used, or holds a class that the model does not know.
+            SettingError: The model is not trained or loaded yet, there is no data, or nothing gives ``precision``.
+        """
+        model = self._trained()
+        if data is not None:
+            source = self._labelled(data)
+        elif self.data is not None:
+            source = self.data.val
         else:
-            source = from_datasets(data, data, class_names=model.class_names).val
-        device = choose_device(self.device)
+            raise SettingError("which pictures? give calibrate(DATA), since none were trained on here")
+        found = calibrate_logits(*self._logits(source), precision=precision)
+        model.temperature = found.temperature
+        if directory is not None:
+            save_temperature(directory, found.temperature)
+        return found
+
+    def _labelled(self, data: str | os.PathLike[str] | Any) -> LabelledPictures:
+        names = self._trained().class_names
+        if isinstance(data, str | os.PathLike):
+            return readable_files(labelled_folder(data, names), on_bad_image=self.on_bad_image)
+        return from_datasets(data, data, class_names=names).val
+
+    def _logits(self, source: LabelledPictures, *, tta: str | None = None) -> tuple[Tensor, Tensor]:
+        model, device = self._trained(), choose_device(self.device)
         model.to(device)
+        transform, views = tta_views(tta, model.eval_preset, model.preprocessing)
         batches = make_loader(
             self,
             source,
-            eval_transform(model.eval_preset, model.preprocessing),
+            transform,
             train=False,
             channels=model.preprocessing.channels,
+            lost={} if self.on_bad_image == "skip" else None,
         )
-        logits, labels = collect_logits(model.network, batches, device, engine=self.engine)
-        return evaluate_logits(logits, labels, model.class_names).to_dict()
+        return collect_logits(model.network, batches, device, engine=self.engine, views=views)
 
-    def predict(self, pictures: Pictures) -> list[Prediction]:
+    def predict(self, pictures: Pictures, *, min_confidence: float = 0.0, tta: str | None = None) -> list[Prediction]:
         """Classify pictures.
 
         Args:
             pictures: A file, a folder (searched through), a PIL image, or a list of these.
+            min_confidence: Predictions below it are not :attr:`~Prediction.accepted`, 0 to 1.
+            tta: Test-time augmentation, ``"flip"`` or ``"crops"``, as for :func:`transferkit.predict`.
 
         Returns:
             One :class:`Prediction` per picture that can be read.
@@ -485,16 +293,42 @@ class Finetuner:
         Raises:
             DataError: A path does not exist, or there is no picture.
             PictureError: A picture cannot be read, and none may be left out or none is left.
-            SettingError: The model is not trained or loaded yet.
+            SettingError: The model is not trained or loaded yet, or a setting is outside its range.
         """
-        device = choose_device(self.device)
-        return predict(
+        return list(self.stream_predictions(pictures, min_confidence=min_confidence, tta=tta))
+
+    def stream_predictions(
+        self,
+        pictures: Pictures,
+        *,
+        min_confidence: float = 0.0,
+        tta: str | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+    ) -> Iterator[Prediction]:
+        """Do the same one after the other, for any number of pictures; see :func:`transferkit.stream_predictions`.
+
+        Args:
+            pictures: As for :meth:`predict`.
+            min_confidence: Predictions below it are not accepted.
+            tta: Test-time augmentation.
+            on_progress: Called after each batch with the number of pictures that are done, and of all.
+
+        Raises:
+            DataError: A path does not exist, or there is no picture.
+            PictureError: On the way: a picture cannot be read, and none may be left out or none is left.
+            SettingError: The model is not trained or loaded yet, or a setting is outside its range.
+        """
+        return stream_predictions(
             self._trained(),
             pictures,
             batch_size=self.batch_size,
-            device=device,
+            num_workers=workers_for(self, sys.maxsize),  # a single batch starts none
+            device=choose_device(self.device),
             engine=self.engine,
             on_bad_image=self.on_bad_image,
+            min_confidence=min_confidence,
+            tta=tta,
+            on_progress=on_progress,
         )
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
@@ -578,6 +412,7 @@ class Finetuner:
         """
         from transferkit.plots import PredictionView, plot_predictions, save_figure
 
+        check_whole_number("count", count, at_least=1)
         model = self._trained()
         if data is not None:
             source: LabelledPictures = labelled_folder(data, model.class_names)
@@ -585,10 +420,7 @@ class Finetuner:
             source = self.data.val
         else:
             raise SettingError("which pictures? give plot_predictions(data=FOLDER), since none were trained on here")
-        source = in_channels(source, model.preprocessing.channels)
-        with seeded(self.seed, 4):
-            chosen = torch.randperm(len(source))[:count].tolist()
-        labelled = [source[index] for index in chosen]
+        labelled = drawn_pictures(source, count=count, seed=self.seed, channels=model.preprocessing.channels)
         images = [image for image, _ in labelled]
         views = [
             PredictionView(image, said.label, said.confidence, model.class_names[label])
@@ -598,16 +430,6 @@ class Finetuner:
         if path is not None:
             save_figure(figure, path)
         return figure
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that were given, as JSON values; objects are named in words."""
-        plain = (str, int, float, bool, type(None))
-        given = {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if each.init and each.name not in ("output_dir", "overwrite", "progress")
-        }
-        return {name: value if isinstance(value, plain) else str(value)[:200] for name, value in given.items()}
 
     def _trained(self) -> TransferModel:
         if self.model is None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transferkit.exceptions import SettingError, UnknownStageError, closest
+from transferkit.ranges import check_number, check_whole_number
 
 __all__ = [
     "FreezeFirst",
@@ -119,7 +120,7 @@ class FreezeFirst(FreezePolicy):
         count: Number of stages, 0 or more.
 
     Raises:
-        SettingError: ``count`` is negative.
+        SettingError: ``count`` is no whole number, or negative.
 
     Example:
         >>> FreezeFirst(1).frozen_stages(["stem", "stage1", "head"], 0)
@@ -130,8 +131,7 @@ class FreezeFirst(FreezePolicy):
 
     def __post_init__(self) -> None:
         """Validate the count."""
-        if self.count < 0:
-            raise SettingError(f"FreezeFirst needs a count of 0 or more, got {self.count}")
+        check_whole_number("the count of FreezeFirst", self.count, at_least=0)
 
     def frozen_stages(self, stage_names: Sequence[str], epoch: int) -> frozenset[str]:
         """Return the first stages."""
@@ -146,7 +146,7 @@ class TrainLast(FreezePolicy):
         count: Number of stages, 1 or more.
 
     Raises:
-        SettingError: ``count`` is below 1.
+        SettingError: ``count`` is no whole number, or below 1.
 
     Example:
         >>> TrainLast(1).frozen_stages(["stem", "stage1", "head"], 0)
@@ -157,10 +157,7 @@ class TrainLast(FreezePolicy):
 
     def __post_init__(self) -> None:
         """Validate the count."""
-        if self.count < 1:
-            raise SettingError(
-                f"TrainLast needs 1 stage or more before the head, got {self.count}; LinearProbe trains none"
-            )
+        check_whole_number("the count of TrainLast", self.count, at_least=1, hint="LinearProbe trains the head alone")
 
     def frozen_stages(self, stage_names: Sequence[str], epoch: int) -> frozenset[str]:
         """Return all stages before the last ones."""
@@ -223,15 +220,16 @@ class ScheduledUnfreeze(FreezePolicy):
 
     def __post_init__(self) -> None:
         """Validate the phases."""
-        if 0 not in self.phases or min(self.phases) < 0:
+        for epoch in self.phases:
+            check_whole_number("the epoch at which a phase begins", epoch, at_least=0)
+        if 0 not in self.phases:
             raise SettingError(f"phases must begin at epoch 0, got {sorted(self.phases)}")
         for epoch, lr in self.lr.items():
             if epoch not in self.phases:
                 raise SettingError(
                     f"lr is given for epoch {epoch}, where no phase begins; they do at {sorted(self.phases)}"
                 )
-            if not lr > 0:
-                raise SettingError(f"the lr of the phase at epoch {epoch} must be above 0, got {lr}")
+            check_number(f"the lr of the phase at epoch {epoch}", lr, above=0)
 
     def frozen_stages(self, stage_names: Sequence[str], epoch: int) -> frozenset[str]:
         """Return what the phase that covers ``epoch`` freezes."""
@@ -260,7 +258,7 @@ class GradualUnfreezing(FreezePolicy):
         every: Epochs between two stages, 1 or more.
 
     Raises:
-        SettingError: ``every`` is below 1.
+        SettingError: ``every`` is no whole number, or below 1.
 
     Source: Howard & Ruder 2018 (ULMFiT), section 3.3.
 
@@ -273,8 +271,7 @@ class GradualUnfreezing(FreezePolicy):
 
     def __post_init__(self) -> None:
         """Validate the pace."""
-        if self.every < 1:
-            raise SettingError(f"GradualUnfreezing needs every=1 or more epochs, got {self.every}")
+        check_whole_number("every", self.every, at_least=1)
 
     def frozen_stages(self, stage_names: Sequence[str], epoch: int) -> frozenset[str]:
         """Return what is not yet freed."""

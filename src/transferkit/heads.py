@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from transferkit.exceptions import SettingError
+from transferkit.ranges import MOST_UNITS, check_number, check_whole_number
 
 __all__ = ["Head", "build_head", "head_inputs", "replace_module"]
 
@@ -31,12 +32,9 @@ class Head:
 
     def __post_init__(self) -> None:
         """Validate every value."""
-        if self.num_classes < 1:
-            raise SettingError(f"num_classes must be 1 or more, got {self.num_classes}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise SettingError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if self.hidden_size is not None and self.hidden_size < 1:
-            raise SettingError(f"hidden_size must be 1 or more, or None for a linear head, got {self.hidden_size}")
+        check_whole_number("num_classes", self.num_classes, at_least=1, at_most=MOST_UNITS)
+        check_number("dropout", self.dropout, at_least=0, below=1)
+        check_whole_number("hidden_size", self.hidden_size, at_least=1, at_most=MOST_UNITS, or_none=True)
 
     @property
     def plain(self) -> bool:

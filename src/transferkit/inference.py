@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from transferkit.exceptions import SettingError
+from transferkit.export import frozen_copy, onnx_program, onnx_session
 from transferkit.folding import fold_norms, pack_convolutions, part_wide_modules
 from transferkit.randomness import keeps_generators
 
@@ -77,7 +77,7 @@ def fast_forward(module: nn.Module, example: Tensor, *, engine: str = "eager") -
     images = torch.cat([example[:1], example[:1].flip(-1)])
     with keeps_generators(), _computing():
         try:
-            network: nn.Module = _Laid(_frozen_copy(module))
+            network: nn.Module = _Laid(frozen_copy(module))
         except Exception as error:  # networks hold whatever they like
             if engine != "eager":
                 raise SettingError(f"engine={engine!r} needs a copy of the network ({error}); use 'eager'") from error
@@ -187,19 +187,6 @@ def _computing() -> Iterator[None]:
         yield
 
 
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(module)
-    for each in copied.modules():
-        vars(each).pop("train", None)  # what keeps a frozen stage in eval mode
-        each.training = False
-        forward = vars(each).get("forward", each.forward)
-        if getattr(forward, "__self__", None) is not each:
-            raise ValueError("a function in place of its forward would go on calling the original")
-    for parameter in copied.parameters():
-        parameter.requires_grad_(False).grad = None
-    return copied
-
-
 def _as_it_is(module: nn.Module, images: Tensor) -> Any:
     modes = {each: each.training for each in module.modules()}
     try:
@@ -299,10 +286,7 @@ def _compiled(network: nn.Module, images: Tensor, expected: Any) -> _Started:
 
 
 def _onnxruntime(network: nn.Module, images: Tensor, expected: Any) -> _Started:
-    onnxruntime = importlib.import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_exported(network, images), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(_onnx_bytes(network, images))
     name = session.get_inputs()[0].name
     return lambda part: _filled(expected, session.run(None, {name: part.numpy()})), 1
 
@@ -311,7 +295,7 @@ def _openvino(network: nn.Module, images: Tensor, expected: Any) -> _Started:
     openvino = importlib.import_module("openvino")
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(_exported(network, images)), "CPU", settings)
+    compiled = core.compile_model(core.read_model(_onnx_bytes(network, images)), "CPU", settings)
     return lambda part: _filled(expected, compiled(part.numpy()).to_tuple()), 1
 
 
@@ -322,12 +306,8 @@ _STARTED: dict[str, Callable[[nn.Module, Tensor, Any], _Started]] = {
 }
 
 
-def _exported(network: nn.Module, images: Tensor) -> bytes:
-    with warnings.catch_warnings(action="ignore"):
-        shapes = ({0: torch.export.Dim.DYNAMIC},)
-        program = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    assert program is not None
-    return bytes(program.model_proto.SerializeToString())
+def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
+    return bytes(onnx_program(network, images).model_proto.SerializeToString())
 
 
 def _filled(expected: Any, arrays: Iterable[Any]) -> Any:

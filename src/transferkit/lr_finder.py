@@ -21,11 +21,15 @@ from transferkit.exceptions import DataError, SettingError, TransferkitError
 from transferkit.freezing import FreezePolicy
 from transferkit.model import TransferModel
 from transferkit.randomness import keeps_generators, seed_generators
+from transferkit.ranges import MOST_EPOCHS, check_number, check_seed, check_whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LRFinding", "find_lr"]
+__all__ = ["HIGHEST", "LOWEST", "STEPS", "LRFinding", "check_sweep", "find_lr"]
+
+LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
+"""What :func:`find_lr` tries unless told otherwise: rates of the head from one to the other, in so many steps."""
 
 _FEWEST_STEPS = 10
 _WORST = 4.0  # times the best smoothed loss
@@ -81,9 +85,9 @@ def find_lr(
     *,
     policy: FreezePolicy | None = None,
     loss_function: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
-    lowest: float = 1e-7,
-    highest: float = 10.0,
-    steps: int = 100,
+    lowest: float = LOWEST,
+    highest: float = HIGHEST,
+    steps: int = STEPS,
     seed: int = 0,
     device: str | None = None,
 ) -> LRFinding:
@@ -142,12 +146,8 @@ def find_lr(
         >>> 1e-3 < finding.suggestion < 1
         True
     """
-    if not 0 < lowest < highest < math.inf:
-        raise SettingError(f"lowest={lowest}, highest={highest}; it must be that 0 < lowest < highest")
-    if steps < _FEWEST_STEPS or seed < 0:
-        raise SettingError(
-            f"steps={steps}, seed={seed}; they can be {_FEWEST_STEPS} or more and 0 or more respectively"
-        )
+    check_sweep(lowest=lowest, highest=highest, steps=steps)
+    check_seed(seed)
     factors = np.geomspace(lowest, highest, steps) / _head_lr(model, optimizer)
     chosen = choose_device(device)
     # Copied as one, so that the new optimizer holds the new parameters.
@@ -162,6 +162,15 @@ def find_lr(
         seed_generators(seed)  # what the first batch draws
         losses = _sweep(model, optimizer, train_batches, factors.tolist(), loss_function, seed=seed, device=chosen)
     return _finding(np.geomspace(lowest, highest, steps), losses)
+
+
+def check_sweep(*, lowest: float = LOWEST, highest: float = HIGHEST, steps: int = STEPS) -> None:
+    """Raise ``SettingError`` unless these settings of :func:`find_lr` are within their ranges."""
+    check_number("lowest", lowest, above=0)
+    check_number("highest", highest, above=0)
+    if not lowest < highest:
+        raise SettingError(f"lowest={lowest} must be below highest={highest}")
+    check_whole_number("steps", steps, at_least=_FEWEST_STEPS, at_most=MOST_EPOCHS)
 
 
 def _head_lr(model: TransferModel, optimizer: torch.optim.Optimizer) -> float:

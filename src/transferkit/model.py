@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transferkit.backbones import Backbone, StageNames, split_into_stages
 from transferkit.exceptions import SettingError, UnknownStageError, closest
 from transferkit.heads import Head, build_head, head_inputs, replace_module
+from transferkit.ranges import check_number
 
 __all__ = ["Stage", "TrainingOutput", "TransferModel"]
 
@@ -145,6 +146,7 @@ class TransferModel(nn.Module):
         self.arguments = dict(backbone.arguments)
         self.preprocessing = backbone.preprocessing
         self.eval_preset = "imagenet"
+        self._temperature = 1.0
         self.class_names = names
         self.head = head
         self.head_paths, self.aux_paths = backbone.head_paths, backbone.aux_paths
@@ -189,6 +191,19 @@ class TransferModel(nn.Module):
     def stage_names(self) -> tuple[str, ...]:
         """The names of :attr:`stages`."""
         return tuple(names.name for names in self._stage_names)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become confidences, 1 for nothing; logits and losses do not know it.
+
+        It can be set to 0.001 to 1000; training and :meth:`Finetuner.calibrate` fit it to validation pictures.
+        """
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        check_number("temperature", value, at_least=1e-3, at_most=1e3)
+        self._temperature = float(value)
 
     def forward(self, images: Tensor) -> Tensor | TrainingOutput:
         """Return logits.

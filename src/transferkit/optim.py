@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from transferkit.exceptions import SettingError, closest
+from transferkit.ranges import check_number
 
 __all__ = [
     "HasParameters",
@@ -118,14 +118,10 @@ def check_rates(
     *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0, head_lr_multiplier: float = 1.0
 ) -> None:
     """Raise ``SettingError`` unless these settings of :func:`param_groups` are within their ranges."""
-    if not 0 < lr < math.inf:
-        raise SettingError(f"lr={lr}; it must be a number above 0")
-    if not 0 <= weight_decay < math.inf:
-        raise SettingError(f"weight_decay={weight_decay}; it must be 0 or more")
-    if not 0 < layer_decay <= 1:
-        raise SettingError(f"layer_decay={layer_decay}; it must be above 0 and at most 1")
-    if not 0 < head_lr_multiplier < math.inf:
-        raise SettingError(f"head_lr_multiplier={head_lr_multiplier}; it must be a number above 0")
+    check_number("lr", lr, above=0)
+    check_number("weight_decay", weight_decay, at_least=0)
+    check_number("layer_decay", layer_decay, above=0, at_most=1)
+    check_number("head_lr_multiplier", head_lr_multiplier, above=0)
 
 
 def build_optimizer(

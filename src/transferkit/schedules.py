@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from transferkit.exceptions import SettingError, closest
+from transferkit.ranges import MOST_EPOCHS, check_number, check_whole_number
 
 __all__ = [
     "Constant",
@@ -48,9 +49,9 @@ class Progress:
 
     def __post_init__(self) -> None:
         """Validate every value."""
-        _require(self.steps >= 1, "steps", self.steps, "1 or more")
-        _require(0 <= self.step <= self.steps, "step", self.step, f"between 0 and steps={self.steps}")
-        _require(self.steps_per_epoch >= 1, "steps_per_epoch", self.steps_per_epoch, "1 or more")
+        check_whole_number("steps", self.steps, at_least=1)
+        check_whole_number("step", self.step, at_least=0, at_most=self.steps)
+        check_whole_number("steps_per_epoch", self.steps_per_epoch, at_least=1)
 
     @property
     def epoch(self) -> int:
@@ -113,7 +114,7 @@ class Constant(StepSchedule):
         warmup_epochs: Length of the warm-up in epochs, fractions allowed; 0 or more.
 
     Raises:
-        SettingError: ``warmup_epochs`` is below 0.
+        SettingError: ``warmup_epochs`` is outside its range.
 
     Source: ``torch.optim.lr_scheduler.LinearLR`` for the warm-up.
 
@@ -126,7 +127,7 @@ class Constant(StepSchedule):
 
     def __post_init__(self) -> None:
         """Validate the value."""
-        _require(0 <= self.warmup_epochs < math.inf, "warmup_epochs", self.warmup_epochs, "0 or more")
+        check_number("warmup_epochs", self.warmup_epochs, at_least=0, at_most=MOST_EPOCHS)
 
     def factor(self, progress: Progress) -> float:
         """Return the share of the warm-up that the next step completes, then 1."""
@@ -156,7 +157,7 @@ class StepDecay(StepSchedule):
 
     def __post_init__(self) -> None:
         """Validate every value."""
-        _require_staircase(self.every, self.gamma)
+        _check_staircase(self.every, self.gamma)
 
     def factor(self, progress: Progress) -> float:
         """Return ``gamma`` to the power of the drops so far."""
@@ -186,7 +187,7 @@ class ExponentialDecay(StepSchedule):
 
     def __post_init__(self) -> None:
         """Validate every value."""
-        _require_staircase(self.every, self.gamma)
+        _check_staircase(self.every, self.gamma)
 
     def factor(self, progress: Progress) -> float:
         """Return ``gamma`` to the power of the drops so far."""
@@ -217,8 +218,8 @@ class Cosine(StepSchedule):
 
     def __post_init__(self) -> None:
         """Validate every value."""
-        _require(0 <= self.warmup_epochs < math.inf, "warmup_epochs", self.warmup_epochs, "0 or more")
-        _require(0 <= self.final <= 1, "final", self.final, "between 0 and 1")
+        check_number("warmup_epochs", self.warmup_epochs, at_least=0, at_most=MOST_EPOCHS)
+        check_number("final", self.final, at_least=0, at_most=1)
 
     def factor(self, progress: Progress) -> float:
         """Return the warm-up's share, then the cosine's."""
@@ -254,7 +255,7 @@ class OneCycle(StepSchedule):
     def __post_init__(self) -> None:
         """Validate every value."""
         for name in ("peak_at", "start", "final"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+            check_number(name, getattr(self, name), at_least=0, at_most=1)
 
     def factor(self, progress: Progress) -> float:
         """Return the share on the rising or on the falling cosine."""
@@ -298,11 +299,12 @@ class Plateau(MetricSchedule):
 
     def __post_init__(self) -> None:
         """Validate every value."""
-        _require(self.mode in ("min", "max"), "mode", self.mode, "'min' or 'max'")
-        _require(0 < self.factor < 1, "factor", self.factor, "above 0 and below 1")
-        _require(self.patience >= 0, "patience", self.patience, "0 or more")
-        _require(0 <= self.min_factor <= 1, "min_factor", self.min_factor, "between 0 and 1")
-        _require(0 <= self.threshold < 1, "threshold", self.threshold, "at least 0 and below 1")
+        if self.mode not in ("min", "max"):
+            raise SettingError(f"mode={self.mode!r}; it can be min or max")
+        check_number("factor", self.factor, above=0, below=1)
+        check_whole_number("patience", self.patience, at_least=0)
+        check_number("min_factor", self.min_factor, at_least=0, at_most=1)
+        check_number("threshold", self.threshold, at_least=0, below=1)
 
     def factor_from(self, values: Sequence[float]) -> float:
         """Return the multiplier after these epochs; replaying them makes it independent of any saved state."""
@@ -351,14 +353,9 @@ def schedule_by_name(name: str) -> Schedule:
     return _SCHEDULES[name]()
 
 
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise SettingError(f"{name}={value!r}; it must be {allowed}")
-
-
-def _require_staircase(every: int, gamma: float) -> None:
-    _require(every >= 1, "every", every, "1 epoch or more")
-    _require(0 < gamma <= 1, "gamma", gamma, "above 0 and at most 1")
+def _check_staircase(every: int, gamma: float) -> None:
+    check_whole_number("every", every, at_least=1)
+    check_number("gamma", gamma, above=0, at_most=1)
 
 
 def _staircase(progress: Progress, every: int, gamma: float) -> float:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from transferkit.activations import ActivationCache, Choice, Phase
 from transferkit.batches import names_of, start_epoch, windows
-from transferkit.callbacks._base import Callback, callback_states, named
-from transferkit.devices import PRECISIONS, make_accelerator, runs_channels_last
+from transferkit.callbacks._base import Callback, call, callback_states, restore_callbacks
+from transferkit.devices import PRECISIONS, check_compiler, make_accelerator, runs_channels_last
 from transferkit.distribution import (
     Sharding,
     check_replicas,
@@ -32,7 +32,7 @@ from transferkit.distribution import (
     synchronised_norms,
 )
 from transferkit.evaluation import collect_logits, keeps_mode
-from transferkit.exceptions import ArtifactError, DataError, SettingError, TransferkitError
+from transferkit.exceptions import ArtifactError, CallbackError, DataError, SettingError, TransferkitError
 from transferkit.freezing import FreezePolicy, FullFinetune
 from transferkit.gradients import FiniteCheck, Gradients
 from transferkit.history import EpochRecord, History
@@ -42,13 +42,14 @@ from transferkit.metrics import Evaluation, evaluate_logits
 from transferkit.model import TransferModel
 from transferkit.optim import unassigned_parameters
 from transferkit.randomness import keeps_generators, seed_generators
+from transferkit.ranges import MOST_EPOCHS, MOST_PER_BATCH, check_number, check_seed, check_whole_number
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     Batches = Any
 
-__all__ = ["Trainer", "check_training"]
+__all__ = ["Trainer", "check_class_weights", "check_training"]
 
 logger = logging.getLogger("transferkit")
 
@@ -92,6 +93,7 @@ class Trainer:
         gradients: Forward, loss and backward; its ``micro_batch`` tells whether memory ran out.
         frozen_pass: Batches of which activations were computed to be kept, and of how many; (0, 0) before.
         history: The records so far.
+        val_logits: Logits (N, num_classes) and labels (N,) of the last validation, on the CPU.
         should_stop: Set it in a callback to end training after the epoch.
 
     Raises:
@@ -130,15 +132,13 @@ class Trainer:
             accumulate=accumulate,
             clip_grad_norm=clip_grad_norm,
             precision=precision,
+            shard=shard,
+            engine=engine,
         )
-        check_engine(engine)
         classes = len(model.class_names)
-        if class_weights is not None and len(class_weights) != classes:
-            raise SettingError(
-                f"class_weights needs one weight for each of {classes} classes, got {len(class_weights)}"
-            )
+        check_class_weights(class_weights, classes)
         if (mixup or cutmix) and classes < 2:
-            raise SettingError("mixup and cutmix need two classes or more")
+            raise SettingError("mixup and cutmix need two classes or more; leave them out")
         if missing := unassigned_parameters(model.network, optimizer.param_groups):
             raise SettingError(
                 f"the optimizer lacks {len(missing)} parameters of {model.name}, {missing[0]} for one; give it "
@@ -156,6 +156,7 @@ class Trainer:
         self.engine, self.torch_compile = engine, torch_compile
         self.frozen_pass = (0, 0)
         self.history = History()
+        self.val_logits = torch.empty(0, classes), torch.empty(0, dtype=torch.int64)
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
         self.should_stop = False
         self._stepper: Any = optimizer
@@ -226,15 +227,16 @@ class Trainer:
             in the training or eval mode it was in.
 
         Raises:
-            SettingError: ``epochs`` is below 1, or the processes or the device do not allow ``shard`` or
+            SettingError: ``epochs`` is outside its range, or the processes or the device do not allow ``shard`` or
                 ``sync_batch_norm``.
             DataError: There are no pictures to train or to validate on, or processes do not see the same.
             UnknownStageError: The policy names a stage that the model does not have; nothing has been trained then.
             TransferkitError: A loss or gradient is no longer a number, or one picture does not fit into memory.
+            CallbackError: A callback has failed; what it raised is the cause. Where an epoch or the run had ended, the
+                other callbacks have done their work.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM came; the step was finished, and calling again goes on after it.
         """
-        if epochs < 1:
-            raise SettingError(f"epochs must be 1 or more, got {epochs}")
+        check_whole_number("epochs", epochs, at_least=1, at_most=MOST_EPOCHS)
         if len(train_batches) == 0:
             raise DataError("there are no batches to train on")
         for epoch in range(epochs):
@@ -249,6 +251,8 @@ class Trainer:
         with keeps_mode(self.model), keeps_generators(), self._interrupts, norms:
             try:
                 self._place()
+                if self.torch_compile:
+                    check_compiler(self.device)  # before frozen stages run over all pictures
                 # Callbacks meet the model as its first epoch will find it.
                 self.model.freeze(self.policy.frozen_stages(self.model.stage_names, min(len(self.history), epochs - 1)))
                 self._call("on_fit_start")
@@ -265,7 +269,7 @@ class Trainer:
                 if not isinstance(error, Interrupted):
                     complete = False  # other processes may not have met the error
                     self._begin_epoch()  # what was broken off within a step begins again with its epoch
-                self._call("on_exception")
+                self._tell_of(error)
                 if self.torch_compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                     sentence = " ".join(str(error).split())[:300]
                     raise SettingError(
@@ -369,7 +373,8 @@ class Trainer:
         check_replicas(self.accelerator, self.model.network)
         share_buffers(self.accelerator, self.model.network)
         self._call("on_validation_start")
-        validation = self._evaluate(phase.network, phase.val_batches, before_batch=self._before_validation_batch)
+        self.val_logits = self._collect(phase.network, phase.val_batches, before_batch=self._before_validation_batch)
+        validation = evaluate_logits(*self.val_logits, self.model.class_names)
         if not math.isfinite(validation.loss):
             lr = self.optimizer.param_groups[self.head_group]["lr"]
             raise TransferkitError(
@@ -380,7 +385,14 @@ class Trainer:
         self.history.records.append(
             EpochRecord(self.epoch + 1, train_loss, validation.loss, validation.accuracy, seconds)
         )
-        self._call("on_validation_end")
+        try:
+            self._call("on_validation_end")
+        except CallbackError:
+            self._end_epoch()  # what the epoch has learnt is saved before the error goes on
+            raise
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
         self.should_stop = self.any_process(self.should_stop)
         self._call("on_train_epoch_end")
 
@@ -501,9 +513,7 @@ class Trainer:
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for name, callback in named(self.callbacks):
-            if name in theirs:
-                callback.load_state_dict(state["callbacks"][name])
+        restore_callbacks(self.callbacks, state["callbacks"])
         self.history.records[:] = [EpochRecord(**record) for record in state["history"]]
         self.batch, self.should_stop = state["batch"], state["stopped"]
         self.gradients.micro_batch = state["micro_batch"]
@@ -527,11 +537,12 @@ class Trainer:
             DataError: There are no pictures.
         """
         self.model.to(self.device)
-        return self._evaluate(self.model.network, batches)
+        logits, labels = self._collect(self.model.network, batches)
+        return evaluate_logits(logits, labels, self.model.class_names, temperature=self.model.temperature)
 
-    def _evaluate(
+    def _collect(
         self, network: nn.Module, batches: Any, *, before_batch: Callable[[], object] | None = None
-    ) -> Evaluation:
+    ) -> tuple[Tensor, Tensor]:
         if self._sharding is not None:
             batches = equally_many(self.accelerator, batches, self.model.preprocessing)
         logits, labels = collect_logits(network, batches, self.device, engine=self.engine, before_batch=before_batch)
@@ -542,11 +553,19 @@ class Trainer:
 
             parts = gather_object([(logits, labels)])
             logits, labels = (torch.cat([part[position] for part in parts]) for position in (0, 1))
-        return evaluate_logits(logits, labels, self.model.class_names)
+        return logits, labels
+
+    def _tell_of(self, error: BaseException) -> None:
+        """Tell callbacks of an error; one of theirs does not hide it, unless an interrupted run could not be saved."""
+        try:
+            self._call("on_exception")
+        except TransferkitError as another:
+            if isinstance(error, Interrupted) and not isinstance(another, CallbackError):
+                raise
+            logger.warning("%s", another)
 
     def _call(self, hook: str) -> None:
-        for callback in self.callbacks:
-            getattr(callback, hook)(self)
+        call(self.callbacks, hook, self)
 
 
 def check_training(
@@ -559,22 +578,34 @@ def check_training(
     accumulate: int,
     clip_grad_norm: float | None,
     precision: str,
+    shard: bool,
+    engine: str,
 ) -> None:
-    """Raise ``SettingError`` unless these settings of a :class:`Trainer` are within their ranges."""
-    if seed < 0:
-        raise SettingError(f"seed must be 0 or more, got {seed}")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise SettingError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-    if class_weights is not None and not all(0 < weight < math.inf for weight in class_weights):
-        raise SettingError(f"class_weights must be above 0, got {list(class_weights)}")
-    if not (0 <= mixup < math.inf and 0 <= cutmix < math.inf):
-        raise SettingError(f"mixup and cutmix must be 0 or more, got {mixup} and {cutmix}")
-    if accumulate < 1:
-        raise SettingError(f"accumulate must be 1 or more batches, got {accumulate}")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise SettingError(f"clip_grad_norm must be above 0, or None for no limit, got {clip_grad_norm}")
+    """Raise ``SettingError`` unless these settings of a :class:`Trainer` are within their ranges, and go together."""
+    check_seed(seed)
+    check_number("label_smoothing", label_smoothing, at_least=0, below=1)
+    if class_weights is not None and not isinstance(class_weights, Iterable):
+        raise SettingError(f"class_weights must be one number per class, or None, got {class_weights!r}")
+    for weight in () if class_weights is None else class_weights:
+        check_number("class_weights", weight, above=0)
+    check_number("mixup", mixup, at_least=0)
+    check_number("cutmix", cutmix, at_least=0)
+    check_whole_number("accumulate", accumulate, at_least=1, at_most=MOST_PER_BATCH)
+    check_number("clip_grad_norm", clip_grad_norm, above=0, or_none=True)
     if precision not in PRECISIONS:
         raise SettingError(f"precision={precision!r}; it can be {', '.join(PRECISIONS)}")
+    check_engine(engine)
+    if shard and engine != "eager":
+        raise SettingError(
+            f"engine={engine!r} computes with a copy of the network, and shard spreads the network over the processes; "
+            "use engine='eager'"
+        )
+
+
+def check_class_weights(class_weights: Sequence[float] | None, classes: int) -> None:
+    """Raise ``SettingError`` unless there is one weight per class, or none at all."""
+    if class_weights is not None and len(class_weights) != classes:
+        raise SettingError(f"class_weights needs one weight for each of {classes} classes, got {len(class_weights)}")
 
 
 def _head_group(model: TransferModel, optimizer: torch.optim.Optimizer) -> int:

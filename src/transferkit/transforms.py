@@ -22,6 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from transferkit.exceptions import SettingError, closest
 from transferkit.preprocessing import Preprocessing
+from transferkit.ranges import check_number
 from transferkit.transform_steps import OnColours, PadToSquare, ToTensor, TrivialAugment
 
 __all__ = [
@@ -157,10 +158,8 @@ def cifar_train(preprocessing: Preprocessing, *, jitter: float = 0.0, rotation: 
         >>> cifar_train(CIFAR10_PREPROCESSING)(Image.new("RGB", (32, 32))).shape
         torch.Size([3, 32, 32])
     """
-    if not jitter >= 0:
-        raise SettingError(f"jitter={jitter}; it can be 0 or more")
-    if not 0 <= rotation <= 180:
-        raise SettingError(f"rotation={rotation}; it can be 0 to 180 degrees")
+    check_number("jitter", jitter, at_least=0)
+    check_number("rotation", rotation, at_least=0, at_most=180)
     steps = [
         *_to_32_pixels(preprocessing),
         v2.RandomCrop(32, padding=4),
