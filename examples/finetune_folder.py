@@ -1,41 +1,29 @@
-"""Fine-tune any torchvision or timm classifier on a folder of pictures.
+"""Fine-tune any torchvision or timm classifier on a folder of pictures, with the default recipe.
 
-python examples/finetune_folder.py data/hymenoptera_data --model torchvision/mobilenet_v2
+    python examples/finetune_folder.py --data data/hymenoptera_data --model torchvision/mobilenet_v2
+
+Measured: on hymenoptera_data with MobileNetV2 and its ImageNet weights, 224 px, 5 epochs, one seed: val_accuracy 0.941
+in the best epoch (the 4th), 0.935 in the last (153 validation pictures); 6 minutes on one thread of a busy machine.
 """
 
 from __future__ import annotations
 
-import argparse
+from _pictures import command_line, parse
 
 from transferkit import Finetuner, TransferkitError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder with train/ and val/, or with one folder per class")
-    parser.add_argument("--model", default="torchvision/mobilenet_v2")
-    parser.add_argument("--weights", default="default", help="default, a tag, a path, bundled, or none")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--image-size", type=int, help="input side in pixels; that of the weights by default")
-    parser.add_argument("--output", default="runs/finetune_folder")
-    options = parser.parse_args()
+    parser = command_line(__doc__, model="torchvision/mobilenet_v2", epochs=5)
+    options = parse(parser)
 
-    tuner = Finetuner(
-        options.model,
-        weights=None if options.weights == "none" else options.weights,
-        epochs=options.epochs,
-        image_size=options.image_size,
-        output_dir=options.output,
-        overwrite=True,
-    )
+    tuner = Finetuner(options.model, **options.settings)
     try:
-        history = tuner.fit(options.data)
+        best = tuner.fit(options.data).best()
     except TransferkitError as error:  # one sentence says what to do
         parser.error(str(error))
-
-    tuner.plot_history(f"{options.output}/curves.png")
-    tuner.plot_predictions(f"{options.output}/predictions.png")
-    best = history.best()
+    tuner.plot_history(options.output / "curves.png")
+    tuner.plot_predictions(options.output / "predictions.png")
     print(f"best epoch {best.epoch}: val_accuracy {best.val_accuracy:.4f}, saved in {options.output}")
     for name, figures in tuner.evaluate(options.data)["per_class"].items():
         print(f"{name}: recall {figures['recall']:.3f} of {figures['count']} pictures")

@@ -1,11 +1,14 @@
-"""The same work with the pieces in hand: data, model, policy, groups, schedule, callbacks and the trainer.
+"""The default recipe with the pieces in hand: data, model, policy, groups, schedule, callbacks and the trainer.
 
-python examples/pieces_and_trainer.py data/hymenoptera_data
+    python examples/pieces_and_trainer.py --data data/hymenoptera_data
+
+Measured: with MobileNetV2 and its ImageNet weights, 128 px, 5 epochs, one seed: val_accuracy 0.915 in the best epoch
+(the 3rd), 0.908 in the last (153 validation pictures); 2.6 minutes on one thread of a busy machine.
 """
 
 from __future__ import annotations
 
-import argparse
+from _pictures import command_line, parse
 
 from transferkit import (
     BestCheckpoint,
@@ -28,29 +31,25 @@ from transferkit import (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder with train/ and val/, or with one folder per class")
-    parser.add_argument("--model", default="torchvision/mobilenet_v2")
-    parser.add_argument("--weights", default="default", help="default, a tag, a path, bundled, or none")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--image-size", type=int, help="input side in pixels; that of the weights by default")
-    options = parser.parse_args()
+    options = parse(command_line(__doc__, model="torchvision/mobilenet_v2", epochs=5))
 
     data = image_folder(options.data)
-    weights = None if options.weights == "none" else options.weights
-    model = create_model(options.model, class_names=data.class_names, weights=weights, image_size=options.image_size)
+    model = create_model(
+        options.model, class_names=data.class_names, weights=options.weights, image_size=options.image_size
+    )
+    model.keep_statistics = True  # of the pretrained batch norms, also while they train
     train_view = train_transform("light", model.preprocessing)
     val_view = eval_transform(model.eval_preset, model.preprocessing)
-    groups = param_groups(model, lr=1e-3, weight_decay=0.01, layer_decay=0.7)
+    groups = param_groups(model, lr=3e-5, weight_decay=0.01, layer_decay=0.7, head_lr_multiplier=100)
     trainer = Trainer(
         model,
         build_optimizer("adamw", groups),
-        policy=ScheduledUnfreeze({0: LinearProbe(), 2: FullFinetune()}, lr={0: 3e-3, 2: 1e-3}),
-        callbacks=[LRScheduler(Cosine()), BestCheckpoint("runs/pieces"), EarlyStopping(patience=3), Progress()],
+        policy=ScheduledUnfreeze({0: LinearProbe(), 2: FullFinetune()}, lr={0: 3e-3, 2: 3e-3}),
+        callbacks=[LRScheduler(Cosine()), BestCheckpoint(options.output), EarlyStopping(patience=3), Progress()],
     )
-    batches = loader(data.train, train_view, batch_size=32, train=True)
-    history = trainer.fit(batches, loader(data.val, val_view, batch_size=32, train=False), epochs=options.epochs)
-    print(f"best val_accuracy {history.best().val_accuracy:.4f}, saved in runs/pieces")
+    batches = loader(data.train, train_view, batch_size=16, train=True)
+    history = trainer.fit(batches, loader(data.val, val_view, batch_size=16, train=False), epochs=options.epochs)
+    print(f"best val_accuracy {history.best().val_accuracy:.4f}, saved in {options.output}")
 
 
 if __name__ == "__main__":
