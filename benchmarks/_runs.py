@@ -28,6 +28,8 @@ __all__ = [
     "Contestant",
     "Outcomes",
     "commit",
+    "hand_out",
+    "heading",
     "limit",
     "ours",
     "peers",
@@ -272,10 +274,10 @@ def publish(title: str, cases: list[Case], options: argparse.Namespace, write: C
             outcomes = run_case(case, options, place)
             failed |= any(isinstance(each, str) and each.startswith("failed") for each in outcomes.values())
             sections.append(f"## {case.title}\n\n{write(case, outcomes)}")
-            if options.output is not None:
-                options.output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+            if options.output is not None:  # what is done stays if a later case fails
+                hand_out("\n\n".join(sections) + "\n", options.output)
     if options.output is None:
-        print("\n\n".join(sections))
+        hand_out("\n\n".join(sections), None)
     sys.exit(int(failed))
 
 
@@ -316,6 +318,21 @@ def processor() -> str:
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{(names or [platform.machine()])[0]}, {instructions}"
+
+
+def heading(command: str) -> str:
+    """Say when, where, of which commit and by which command a report was made that has no peers in it."""
+    return f"""{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()}), Python {platform.python_version()},
+commit {commit()}.
+`python benchmarks/{command}`"""
+
+
+def hand_out(report: str, output: Path | None) -> None:
+    """Write a report into a file, or print it where there is none."""
+    if output is None:
+        print(report)
+    else:
+        output.write_text(report, encoding="utf-8")
 
 
 def commit() -> str:

@@ -8,10 +8,8 @@ ResNet-18 behind its first stage keeps 64 kB of each picture of 64 px. Each run 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from _report import markdown_table
-from _runs import commit, processor
+from _runs import hand_out, heading
 from PIL import Image
 
 COUNTS = (500, 2000, 8000)
@@ -133,9 +131,7 @@ def main() -> None:
     ]
     report = f"""# The activation cache as pictures become more
 
-{datetime.date.today()}, {os.cpu_count()} CPU cores ({processor()}), Python {platform.python_version()},
-commit {commit()}.
-`python benchmarks/cache_scaling.py`
+{heading("cache_scaling.py")}
 
 Made pictures of {SIDE} px, ResNet-18 with random weights, stem and first stage frozen, {EPOCHS} epochs, in one process
 without workers. `none` is a run that keeps nothing. Memory is the most that the process held of its own, imports
@@ -143,10 +139,7 @@ included, and with what it had mapped of files, which the system takes back when
 
 {markdown_table(head, rows)}
 """
-    if options.output is None:
-        print(report)
-    else:
-        options.output.write_text(report, encoding="utf-8")
+    hand_out(report, options.output)
 
 
 if __name__ == "__main__":

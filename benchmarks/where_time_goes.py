@@ -20,11 +20,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from _report import markdown_table
-from _runs import read_options, setting, workplace
+from _runs import hand_out, read_options, setting, workplace
 
 # Row: what does this work, as module:object.
 WORK = {
@@ -146,10 +145,7 @@ def main() -> None:
         ]
         rows.append(["all", *(f"{sum(seconds.values()):.2f}" for seconds in found.values()), *["100"] * len(found)])
         report = f"# Where the time goes\n\n{setting(options, place)}\n\n{markdown_table(head, rows)}\n"
-    if options.output is None:
-        print(report)
-    else:
-        Path(options.output).write_text(report, encoding="utf-8")
+    hand_out(report, options.output)
 
 
 if __name__ == "__main__":
