@@ -76,8 +76,8 @@ def test_files_and_images_are_predicted_in_the_model_s_channels(tmp_path, model_
     for index, picture in enumerate(pictures):
         picture.save(tmp_path / f"{index}.png")
     expected = [said(model, picture) for picture in pictures]
-    assert expected == probabilities(predict(model, pictures, num_workers=num_workers))
-    assert expected == probabilities(predict(model, tmp_path, num_workers=num_workers))
+    assert expected == probabilities(predict(model, pictures, batch_size=1, num_workers=num_workers))
+    assert expected == probabilities(predict(model, tmp_path, batch_size=1, num_workers=num_workers))
 
 
 def test_transparency_is_seen_with_four_channels_and_not_with_three(model_of):
@@ -108,4 +108,4 @@ def test_a_model_of_five_channels_asks_for_tensors(tmp_path, model_of, num_worke
     model = model_of(5)
     for pictures in (tmp_path, Image.fromarray(noise(3))):
         with pytest.raises(DataError, match=r"^picture files and PIL images have 1, 3 or 4 .* tensors \(5, H, W\)"):
-            predict(model, pictures, num_workers=num_workers)
+            predict(model, pictures, batch_size=1, num_workers=num_workers)

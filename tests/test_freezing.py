@@ -167,16 +167,16 @@ def test_a_stage_that_does_not_exist_is_an_error_that_names_those_that_do(policy
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: FreezeFirst(-1), "FreezeFirst needs a count of 0 or more, got -1"),
-        (lambda: TrainLast(0), "TrainLast needs 1 stage or more"),
-        (lambda: GradualUnfreezing(every=0), "every=1 or more epochs, got 0"),
+        (lambda: FreezeFirst(-1), "the count of FreezeFirst must be 0 or more, got -1"),
+        (lambda: TrainLast(0), "the count of TrainLast must be 1 or more, got 0; LinearProbe trains the head alone"),
+        (lambda: GradualUnfreezing(every=0), "every must be 1 or more, got 0"),
         (lambda: FreezeMatching("stage["), "'stage\\[' is no regular expression"),
         (lambda: ScheduledUnfreeze({}), "phases must begin at epoch 0, got \\[\\]"),
         (lambda: ScheduledUnfreeze({1: LinearProbe()}), "phases must begin at epoch 0, got \\[1\\]"),
-        (lambda: ScheduledUnfreeze({0: LinearProbe(), -1: FullFinetune()}), "phases must begin at epoch 0"),
+        (lambda: ScheduledUnfreeze({0: LinearProbe(), -1: FullFinetune()}), "a phase begins must be 0 or more, got -1"),
         (lambda: ScheduledUnfreeze({0: LinearProbe()}, lr={5: 1e-4}), "lr is given for epoch 5, where no phase begins"),
         (lambda: ScheduledUnfreeze({0: LinearProbe()}, lr={0: 0.0}), "must be above 0, got 0.0"),
-        (lambda: ScheduledUnfreeze({0: LinearProbe()}, lr={0: float("nan")}), "must be above 0, got nan"),
+        (lambda: ScheduledUnfreeze({0: LinearProbe()}, lr={0: float("nan")}), "a finite number, above 0, got nan"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(build: object, message: str) -> None:
@@ -202,7 +202,7 @@ def test_policies_as_the_terminal_writes_them(text: str, policy: FreezePolicy) -
     "text", ["", "heads", "until:", "until", "last:", "last:0", "last:-1", "last:two", "last:²", "full:3"]
 )
 def test_other_texts_are_refused_with_the_choices(text: str) -> None:
-    with pytest.raises(SettingError, match=r"no freeze policy|TrainLast needs"):
+    with pytest.raises(SettingError, match=r"no freeze policy|the count of TrainLast"):
         policy_from_text(text)
 
 

@@ -21,12 +21,12 @@ from transferkit.checkpoint import load_artifact
 from transferkit.create import adapt
 from transferkit.exceptions import TransferkitError
 from transferkit.interrupts import Interrupted
-from transferkit.loading import EpochSampler
 from transferkit.model import TransferModel
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.preprocessing import Preprocessing
 from transferkit.randomness import seeded
 from transferkit.resume import ResumeStore
+from transferkit.sampling import EpochSampler
 from transferkit.trainer import Trainer
 
 

@@ -86,11 +86,11 @@ def test_a_head_has_one_output_per_class(classes: int, inputs: int, hidden: int 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_classes": 0}, "num_classes must be 1 or more, got 0"),
+        ({"num_classes": 0}, "num_classes must be from 1 to 1,000,000, got 0"),
         ({"num_classes": 3, "dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"num_classes": 3, "dropout": -0.1}, "dropout must be at least 0"),
-        ({"num_classes": 3, "dropout": float("nan")}, "dropout must be at least 0"),
-        ({"num_classes": 3, "hidden_size": 0}, "hidden_size must be 1 or more"),
+        ({"num_classes": 3, "dropout": float("nan")}, "dropout must be a finite number, at least 0 and below 1"),
+        ({"num_classes": 3, "hidden_size": 0}, "hidden_size must be from 1 to 1,000,000"),
     ],
 )
 def test_wrong_values_are_refused(settings: dict[str, float], message: str) -> None:

@@ -151,9 +151,9 @@ def test_stages_hold_the_tensors_that_the_network_holds_now() -> None:
     ("arguments", "message"),
     [
         ({"class_names": ["ant", "ant"]}, "class_names must be different"),
-        ({"class_names": []}, "num_classes must be 1 or more, got 0"),
-        ({"num_classes": 0}, "num_classes must be 1 or more"),
-        ({"num_classes": -2}, "num_classes must be 1 or more"),
+        ({"class_names": []}, "num_classes must be from 1 to 1,000,000, got 0"),
+        ({"num_classes": 0}, "num_classes must be from 1 to 1,000,000"),
+        ({"num_classes": -2}, "num_classes must be from 1 to 1,000,000"),
         ({}, "give either class_names or num_classes"),
         ({"class_names": ["ant", "bee"], "num_classes": 2}, "give either class_names or num_classes"),
     ],

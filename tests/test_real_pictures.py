@@ -66,6 +66,7 @@ def test_ants_and_bees_by_the_head_alone(
     assert statistics.mean(found) >= least, found
 
 
+@pytest.mark.by_hand
 @pytest.mark.timeout(2400)
 def test_flowers_by_the_head_alone_and_by_the_default_recipe(assets: Path, tmp_path: Path):
     model = "torchvision/mobilenet_v2"

@@ -530,14 +530,14 @@ def test_no_batches_are_named_as_such():
     [
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0"),
-        ({"accumulate": 0}, "accumulate must be 1 or more"),
+        ({"accumulate": 0}, "accumulate must be from 1 to 1,000,000, got 0"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm must be above 0"),
-        ({"clip_grad_norm": math.nan}, "clip_grad_norm must be above 0"),
+        ({"clip_grad_norm": math.nan}, "clip_grad_norm must be a finite number, above 0, or None, got nan"),
         ({"class_weights": [1.0, 2.0]}, "one weight for each of 3 classes, got 2"),
         ({"class_weights": [1.0, -2.0, 1.0]}, "class_weights must be above 0"),
-        ({"mixup": -1.0}, "mixup and cutmix must be 0 or more"),
-        ({"cutmix": math.nan}, "mixup and cutmix must be 0 or more"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"mixup": -1.0}, "mixup must be 0 or more, got -1.0"),
+        ({"cutmix": math.nan}, "cutmix must be a finite number, 0 or more, got nan"),
+        ({"seed": -1}, "seed must be from 0 to 9,223,372,036,854,775,807, got -1"),
         ({"precision": "fp8"}, "it can be auto, fp32, bf16, fp16"),
     ],
 )
@@ -548,7 +548,7 @@ def test_settings_outside_their_range_are_refused(settings, message):
 
 
 def test_zero_epochs_are_refused():
-    with pytest.raises(SettingError, match="epochs must be 1 or more, got 0"):
+    with pytest.raises(SettingError, match="epochs must be from 1 to 1,000,000, got 0"):
         trainer_of(plain_model()).fit(TRAIN, VAL, epochs=0)
 
 

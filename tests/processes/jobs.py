@@ -19,6 +19,7 @@ from transferkit import (
     ActivationCache,
     BestCheckpoint,
     Callback,
+    CallbackError,
     Cosine,
     EarlyStopping,
     Finetuner,
@@ -274,8 +275,8 @@ def broken_shards(folder):
     trainer = trainer_of("timm/test_convnext", Break(), shard=True)
     try:
         trainer.fit(*batches_of(trainer), epochs=EPOCHS)
-    except RuntimeError as error:
-        message = str(error)
+    except CallbackError as error:
+        message = str(error.__cause__)
     facts, weights = seen(trainer, error=message)
     return {**facts, "as before": all(torch.equal(before[key], weights[key]) for key in before)}, weights
 
