@@ -42,8 +42,15 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.rates: list[dict[str, float | None]] = []
+        self._before = torch.zeros(2)
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        self._before = torch.zeros(2)
 
     def on_train_batch_end(self, trainer: Trainer) -> None:
+        loss, weight = (trainer.loss_sums - self._before).tolist()
+        self.losses.append(loss / weight)
+        self._before = trainer.loss_sums.clone()
         rates = {group["stage"]: group["lr"] for group in trainer.optimizer.param_groups}
         self.rates.append({name: None if name in trainer.model.frozen else lr for name, lr in rates.items()})
 
@@ -77,6 +84,15 @@ def test_the_first_loss_is_that_of_the_model_before_training(tiny_model: Make) -
         expected = torch.nn.functional.cross_entropy(tiny_model().eval()(images), labels)
     fitted(model, recorder)
     assert recorder.losses[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_trainers_sums_tell_a_callback_each_loss_and_the_epochs_mean(tiny_model: Make) -> None:
+    recorder, watch = StepRecorder(), Watch()
+    trainer = fitted(tiny_model(), recorder, watch)
+    assert watch.losses == pytest.approx(recorder.losses, rel=1e-6)
+    epochs = [watch.losses[first : first + 4] for first in (0, 4, 8)]
+    means = [sum(loss * size for loss, size in zip(each, SIZES, strict=True)) / sum(SIZES) for each in epochs]
+    assert means == pytest.approx(trainer.history["train_loss"], rel=1e-5)
 
 
 def test_a_step_over_several_batches_is_one_loss(tiny_model: Make) -> None:

@@ -90,6 +90,8 @@ class Trainer:
         epoch: The epoch that runs, or ran last, counted from 0.
         batch: Batches of that epoch that are done.
         step: Number of optimizer steps done.
+        loss_sums: The sum of the losses of the epoch's pictures so far in this process, and of what they weigh, (2,) on
+            the device; it goes on changing, so clone what you keep.
         gradients: Forward, loss and backward; its ``micro_batch`` tells whether memory ran out.
         frozen_pass: Batches of which activations were computed to be kept, and of how many; (0, 0) before.
         history: The records so far.
@@ -158,12 +160,12 @@ class Trainer:
         self.history = History()
         self.val_logits = torch.empty(0, classes), torch.empty(0, dtype=torch.int64)
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
+        self.loss_sums = torch.zeros(2)
         self.should_stop = False
         self._stepper: Any = optimizer
         self._prepared: nn.Module = model
         self._sharding: Sharding | None = None
         self._interrupts = Interrupts()
-        self._sums = torch.zeros(2)
         self._ask_every = 1
         self._finite = FiniteCheck(every=self._ask_every)
         self._seconds = 0.0
@@ -358,7 +360,7 @@ class Trainer:
             sharding.undo(complete=complete)
 
     def _begin_epoch(self) -> None:
-        self.batch, self._seconds, self._sums = 0, 0.0, torch.zeros(2)
+        self.batch, self._seconds, self.loss_sums = 0, 0.0, torch.zeros(2)
         self._finite.clear()
 
     def _run_epoch(self, wrapped: nn.Module, phase: Phase) -> None:
@@ -398,14 +400,14 @@ class Trainer:
 
     def _train(self, wrapped: nn.Module, batches: Batches, started: float) -> float:
         """Go through the epoch's batches that are left; returns the mean loss per picture of the whole epoch."""
-        self._sums = self._sums.to(self.device)
+        self.loss_sums = self.loss_sums.to(self.device)
         self._stepper.zero_grad()  # what a user or a broken-off epoch left behind would move the first step
         for window in windows(batches, self.accumulate, skip=self.batch, before=self._seed_reading):
             seeds = [self._batch_seed(self.batch + position) for position in range(len(window))]
             step = self.gradients.begin(self.accelerator, wrapped, window, seeds=seeds)
             for position in range(len(window)):
                 self._call("on_train_batch_start")
-                self._sums += self.gradients.add(step, position)
+                self.loss_sums += self.gradients.add(step, position)
                 if position + 1 == len(window):
                     self._optimizer_step(batches, len(window))
                 self.batch += 1
@@ -413,7 +415,7 @@ class Trainer:
                 self._call("on_train_batch_end")
             self._stop_if_interrupted()
         self._finite.ask()
-        loss, weight = self.accelerator.reduce(self._sums)
+        loss, weight = self.accelerator.reduce(self.loss_sums)
         return float(loss / weight)
 
     def _seed_reading(self, batch: int) -> None:
@@ -432,8 +434,8 @@ class Trainer:
         if self.accelerator.scaler is not None:  # fp16 meets infinite gradients as a matter of course, and skips them
             norm = torch.zeros_like(norm)
         lr = self.optimizer.param_groups[self.head_group]["lr"]
-        first = self.batch + 1 - count
-        self._finite.note(self._sums[0], norm, f"{self._where()} at lr {lr:g}", lambda: names_of(batches, first, count))
+        first, where = self.batch + 1 - count, f"{self._where()} at lr {lr:g}"
+        self._finite.note(self.loss_sums[0], norm, where, lambda: names_of(batches, first, count))
         self._call("on_before_optimizer_step")
         self._stepper.step()
         self._stepper.zero_grad()
@@ -473,7 +475,7 @@ class Trainer:
             "history": self.history.to_dicts(),
             "batch": self.batch,
             "batches_per_epoch": self.batches_per_epoch,
-            "sums": self.accelerator.gather(self._sums.to(self.device)[None]),
+            "sums": self.accelerator.gather(self.loss_sums.to(self.device)[None]),
             "seconds": self._seconds,
             "stopped": self.should_stop,
             "micro_batch": self.gradients.micro_batch,
@@ -518,7 +520,7 @@ class Trainer:
         self.batch, self.should_stop = state["batch"], state["stopped"]
         self.gradients.micro_batch = state["micro_batch"]
         self.epoch, self.batches_per_epoch = len(self.history), state["batches_per_epoch"]
-        self._sums = state["sums"][self.accelerator.process_index].clone()
+        self.loss_sums = state["sums"][self.accelerator.process_index].clone()
         self._seconds = state["seconds"]
 
     @property

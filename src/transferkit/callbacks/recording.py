@@ -80,13 +80,13 @@ class StepRecorder(Callback):
             rates.extend([math.nan] * (trainer.step - len(rates)))
         del self.losses[trainer.step :]
         self.losses.extend([math.nan] * (trainer.step - len(self.losses)))
-        self._sums = [trainer._sums.to(trainer.device, copy=True)]
+        self._sums = [trainer.loss_sums.to(trainer.device, copy=True)]
 
     def on_train_batch_end(self, trainer: Trainer) -> None:
         """Note a step that was taken."""
         if trainer.step < len(self.losses) + len(self._sums):
             return  # gradients are still being added up
-        self._sums.append(trainer._sums.clone())
+        self._sums.append(trainer.loss_sums.clone())
         for name, group in self._groups.items():
             lr = None if group is None else float(trainer.optimizer.param_groups[group]["lr"])
             self.lrs[name].append(lr)
