@@ -17,6 +17,7 @@ from transferkit.exceptions import SettingError, UnknownStageError
 from transferkit.model import TransferModel
 from transferkit.optim import param_groups
 from transferkit.preprocessing import Preprocessing
+from transferkit.splitting import split
 
 CLASSES = ("ant", "bee", "cat")
 SMALL = Preprocessing(size=32, resize_size=36)
@@ -113,6 +114,15 @@ def test_features_are_what_the_head_receives(name: str, hidden_size: int | None)
     else:
         torch.testing.assert_close(head(features), model(images))
     assert not head._forward_pre_hooks
+
+
+def test_features_through_the_half_behind_frozen_stages_are_those_of_the_whole_network() -> None:
+    model = small_model().eval()
+    halves = split(model.freeze(model.stage_names[:3]))
+    images, _ = batch()
+    with torch.no_grad():
+        found = model.features(halves.prefix(images), network=halves.suffix)
+        torch.testing.assert_close(found, model.features(images))
 
 
 def only_body(model: TransferModel) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from transferkit.backbones import model_info, resolve_name
@@ -136,35 +136,15 @@ def _head_inputs(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return what :meth:`TransferModel.features` gives for every so many pictures, and their labels."""
     device = next(model.parameters()).device
-    received: dict[str, Tensor] = {}
-    handles = [
-        model.network.get_submodule(path).register_forward_pre_hook(
-            lambda module, inputs, path=path: received.update({path: inputs[0]})
-        )
-        for path in model.head_paths
-    ]
     vectors, labels, seen = [], [], 0
     model.eval()
-    try:
-        with torch.no_grad():
-            for inputs, targets in batches:
-                network(moved(inputs, device))
-                mine = slice(-seen % every, None, every)
-                vectors.append(_joined([received[path] for path in model.head_paths])[mine].float().cpu())
-                labels.append(targets[mine].cpu())
-                seen += len(targets)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        for inputs, targets in batches:
+            mine = slice(-seen % every, None, every)
+            vectors.append(model.features(moved(inputs, device), network=network)[mine].float().cpu())
+            labels.append(targets[mine].cpu())
+            seen += len(targets)
     return torch.cat(vectors).numpy(), torch.cat(labels).numpy()
-
-
-def _joined(received: Sequence[Tensor]) -> Tensor:
-    """Average over positions and tokens; average heads' inputs of one width, and put others one after the other."""
-    vectors = [each.mean((2, 3)) if each.ndim == 4 else each.mean(1) if each.ndim == 3 else each for each in received]
-    if len({each.shape[1] for each in vectors}) == 1:
-        return torch.stack(vectors).mean(0)
-    return torch.cat(vectors, 1)
 
 
 def count_macs(model: TransferModel) -> int:

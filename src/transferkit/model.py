@@ -246,14 +246,16 @@ class TransferModel(nn.Module):
             total = total + self.aux_weight * loss_function(auxiliary, targets)
         return total
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor | tuple[Tensor, ...], *, network: nn.Module | None = None) -> Tensor:
         """Return what the head receives, one vector per picture.
 
         Positions are averaged where the head is a convolution or sees every token. Of several heads, inputs of one
         width are averaged, as the distilled networks' two tokens; of different widths, put one after the other.
 
         Args:
-            images: (B, C, H, W) float, normalised as :attr:`preprocessing` says.
+            images: (B, C, H, W) float, normalised as :attr:`preprocessing` says; or what ``network`` takes.
+            network: What runs, ``None`` for the whole network; the half behind frozen stages
+                (:func:`~transferkit.splitting.split`) takes what the half before them gave.
 
         Returns:
             (B, num_features) float.
@@ -266,7 +268,7 @@ class TransferModel(nn.Module):
             for path in self.head_paths
         ]
         try:
-            self.network(images)
+            (self.network if network is None else network)(images)
         finally:
             for handle in handles:
                 handle.remove()
