@@ -43,7 +43,15 @@ COMPARED = ["convnext", "vit", "kept_statistics", "scalars", "kept"]
 FAILING = ["wrapped_once", "changed", "other_rates", "other_facts", "other_pictures"]
 SHARDED = ["sharded", "uninterrupted_shards", "interrupted_shards", "continued_shards", "broken_shards"]
 OTHER = ["batch_norm", "stopped", "finetuner", "uninterrupted", "interrupted"]
-FILES = {"config.json", "curves.png", "history.csv", "model.safetensors", "predictions.png"}
+FILES = {
+    "config.json",
+    "curves.png",
+    "history.csv",
+    "model.safetensors",
+    "predictions.png",
+    "report.html",
+    "validation.csv",
+}
 
 
 def started(command: list[str], *, folder: Path, **environment: str) -> subprocess.Popen[str]:
