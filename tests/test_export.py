@@ -245,6 +245,17 @@ def test_onnx_that_gives_other_logits_is_told_by_how_much(tmp_path: Path) -> Non
         export_onnx(adapted(ByBatch()), tmp_path / "network.onnx")
 
 
+def test_a_file_that_does_not_open_is_told_by_the_name_it_would_have_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: str) -> None:
+        raise RuntimeError(f"Load model from {file} failed")
+
+    monkeypatch.setattr(export, "onnx_session", broken)
+    with pytest.raises(ExportError, match=r"to \.onnx: RuntimeError: Load model from network\.onnx failed$"):
+        export_onnx(adapted(Small()), tmp_path / "network.onnx")
+
+
 def test_a_network_that_rounding_alone_moves_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"at a batch of 8 \(rounding alone moves them by 0\.00"):
         export_onnx(adapted(Unsteady()), tmp_path / "network.onnx")

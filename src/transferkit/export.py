@@ -380,7 +380,8 @@ def _export(
         except (TransferkitError, OSError):
             raise
         except Exception as error:  # whatever an exporter does not know
-            raise ExportError(f"{model.name} cannot be exported to {suffix}: {_cause(error)}") from error
+            cause = _cause(error).replace(str(place / path.name), path.name)
+            raise ExportError(f"{model.name} cannot be exported to {suffix}: {cause}") from error
         difference = 0.0
         for part, one, other in zip(parts, given, expected, strict=True):
             share = _difference(one, other)
