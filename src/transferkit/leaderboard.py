@@ -241,14 +241,12 @@ class Leaderboard:
         return text.getvalue()
 
     def _html(self, plots: Mapping[str, bytes]) -> str:
-        from jinja2 import Environment, PackageLoader
+        from transferkit.pages import render_page
 
-        pages = Environment(
-            loader=PackageLoader("transferkit", "_templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-        )
         columns = self._columns()
         rows = [[(each.text(row), each.value(row), _is_text(each)) for each in columns] for row in self.rows]
-        return pages.get_template("leaderboard.html").render(
+        return render_page(
+            "leaderboard.html",
             about=[(name, _in_words(value)) for name, value in self.about.items()],
             columns=[(column.title, _is_text(column)) for column in columns],
             rows=rows,

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader
 from PIL import Image
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from transferkit.explain import heat_map
 from transferkit.history import History
 from transferkit.loading import loader
 from transferkit.model import TransferModel
+from transferkit.pages import render_page
 from transferkit.pictures import read_picture
 from transferkit.plots import plot_confusion, plot_history, plot_reliability
 from transferkit.run_folder import BAD_IMAGES, VALIDATION
@@ -143,13 +143,12 @@ def write_report(
         *_environment(config, noted),
         _use(folder, config),
     ]
-    page = _template().render(
+    page = render_page(
+        "report.html",
         title=folder.resolve().name,
         headline=_headline(judged, history, noted),
         facts=_facts(model, history, noted),
         sections=sections,
-        style=_text("report.css"),
-        script=_text("report.js"),
         version=__version__,
         date=datetime.date.today().isoformat(),
     )
@@ -160,23 +159,6 @@ def write_report(
     except OSError as error:
         raise OutputError(f"cannot write the report {file}: {error}") from error
     return file
-
-
-def _environment_of_templates() -> Environment:
-    return Environment(
-        loader=PackageLoader("transferkit", "_templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-
-
-def _template() -> Any:
-    return _environment_of_templates().get_template("report.html")
-
-
-def _text(name: str) -> Any:
-    """Return a style sheet or script of our own, which must not be escaped."""
-    from markupsafe import Markup
-
-    return Markup(Path(__file__).with_name("_templates").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _judged(model: TransferModel, data: str | os.PathLike[str], device: torch.device) -> list[Judgement]:

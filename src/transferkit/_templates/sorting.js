@@ -6,9 +6,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
       heads.forEach((each) => each.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
-      const order = (one, other) =>
-        column === 0 ? value(one).localeCompare(value(other)) : Number(value(one)) - Number(value(other));
-      const rows = [...table.tBodies[0].rows].sort((one, other) => (down ? -1 : 1) * order(one, other));
+      const order = (one, other) => {
+        if (one === "" || other === "") return (one === "") - (other === ""); // what is unknown comes last
+        const numbers = !Number.isNaN(Number(one) - Number(other));
+        return (down ? -1 : 1) * (numbers ? one - other : one.localeCompare(other));
+      };
+      const rows = [...table.tBodies[0].rows].sort((one, other) => order(value(one), value(other)));
       table.tBodies[0].append(...rows);
     });
   });
