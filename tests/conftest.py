@@ -46,6 +46,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_leaves() -> Iterator[None]:
+    """Trackers tell nobody, and are not told by the machine's environment where to write."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("MLFLOW_", "WANDB_"))]:
+            patch.delenv(name)
+        for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "WANDB_SILENT"):
+            patch.setenv(name, "true")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        yield
+
+
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ and val/, three classes told by their colour, 12 and 6 pictures of 40 px each.

@@ -23,7 +23,7 @@ from transferkit.callbacks import (
     Progress,
     ResumeCheckpoint,
     StepRecorder,
-    TensorBoard,
+    Tracker,
     UnfreezeLogger,
 )
 from transferkit.checkpoint import load_artifact
@@ -53,7 +53,7 @@ MAKE = {
     "Progress": lambda folder: Progress(Console(file=io.StringIO())),
     "ResumeCheckpoint": lambda folder: ResumeCheckpoint(folder / "resume"),
     "StepRecorder": lambda folder: StepRecorder(),
-    "TensorBoard": lambda folder: TensorBoard(folder / "tensorboard"),
+    "Tracker": lambda folder: Tracker("tensorboard", folder),
     "UnfreezeLogger": lambda folder: UnfreezeLogger(),
 }
 EVERY = pytest.mark.parametrize("name", [name for name in transferkit.callbacks.__all__ if name != "HOOKS"])
@@ -359,28 +359,6 @@ def test_a_csv_that_cannot_be_written_is_an_output_error(tiny_model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         fitted(tiny_model(), CSVLogger(tmp_path / "file" / "history.csv"))
-
-
-def test_tensorboard_holds_the_history_and_the_heads_lr(tiny_model, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    model = tiny_model()
-    groups = param_groups(model, lr=0.01, head_lr_multiplier=10)
-    trainer = fitted(model, TensorBoard(tmp_path), LRScheduler(Constant()), groups=groups[::-1], epochs=3)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    for name in ("train_loss", "val_loss", "val_accuracy"):
-        logged = events.Scalars(name)
-        assert [event.step for event in logged] == [1, 2, 3]
-        assert [event.value for event in logged] == pytest.approx(trainer.history[name], rel=1e-6)
-    assert [event.value for event in events.Scalars("lr")] == pytest.approx([0.1] * 3)
-
-
-def test_tensorboard_keeps_what_was_logged_before_an_error(tiny_model, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with pytest.raises(CallbackError):
-        fitted(tiny_model(), TensorBoard(tmp_path), Break("on_train_epoch_end"))
-    assert len(EventAccumulator(str(tmp_path)).Reload().Scalars("val_loss")) == 1
 
 
 def test_unfreezing_is_logged_once_per_change(tiny_model, caplog):

@@ -100,6 +100,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "callbacks.lr_scheduler",
         "callbacks.recording",
         "callbacks.resuming",
+        "callbacks.tracking",
     ),
     (
         "prediction",

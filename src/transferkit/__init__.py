@@ -24,7 +24,7 @@ _EXPORTS = {
         "Progress",
         "ResumeCheckpoint",
         "StepRecorder",
-        "TensorBoard",
+        "Tracker",
         "UnfreezeLogger",
     ],
     "checkpoint": ["load_artifact", "save_artifact"],
@@ -108,7 +108,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         Progress as Progress,
         ResumeCheckpoint as ResumeCheckpoint,
         StepRecorder as StepRecorder,
-        TensorBoard as TensorBoard,
+        Tracker as Tracker,
         UnfreezeLogger as UnfreezeLogger,
     )
     from transferkit.checkpoint import load_artifact as load_artifact, save_artifact as save_artifact

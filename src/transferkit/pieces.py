@@ -263,7 +263,7 @@ def make_trainer(
 ) -> Trainer:
     """Return the trainer of a model, with the weights of its classes."""
     recipe = settings.recipe
-    return Trainer(
+    trainer = Trainer(
         model,
         make_optimizer(settings, model),
         policy=recipe.policy,
@@ -283,6 +283,8 @@ def make_trainer(
         engine=settings.engine,
         torch_compile=settings.torch_compile,
     )
+    trainer.settings = _deciding(settings)
+    return trainer
 
 
 def class_weights(settings: Settings, data: PictureData) -> Sequence[float] | None:
@@ -315,11 +317,15 @@ def claimed_folder(settings: Settings, *, resume: bool) -> Iterator[RunFolder | 
 
 def identity_of(settings: Settings, model: TransferModel, data: PictureData) -> dict[str, Any]:
     """Say what a run must have in common with one that goes on with it, and in all its processes."""
+    return run_identity(model, data, _deciding(settings))
+
+
+def _deciding(settings: Settings) -> dict[str, Any]:
+    """Return the settings that a run's outcome depends on, the recipe's where none was given."""
     recipe = settings.recipe
     given = {each.name: getattr(settings, each.name) for each in fields(settings) if each.init}
     chosen = {each.name: getattr(recipe, each.name) for each in fields(recipe)}
-    facts = {name: value for name, value in {**given, **chosen}.items() if name not in _WITHOUT_EFFECT}
-    return run_identity(model, data, facts)
+    return {name: value for name, value in {**given, **chosen}.items() if name not in _WITHOUT_EFFECT}
 
 
 def resume_checkpoint(settings: Settings, folder: RunFolder, identity: dict[str, Any]) -> ResumeCheckpoint:

@@ -95,6 +95,8 @@ class Trainer:
         gradients: Forward, loss and backward; its ``micro_batch`` tells whether memory ran out.
         frozen_pass: Batches of which activations were computed to be kept, and of how many; (0, 0) before.
         history: The records so far.
+        settings: What callbacks tell of the run that the trainer does not know itself, by name; a
+            :class:`~transferkit.Finetuner` gives it its own settings.
         val_logits: Logits (N, num_classes) and labels (N,) of the last validation, on the CPU.
         should_stop: Set it in a callback to end training after the epoch.
 
@@ -158,6 +160,7 @@ class Trainer:
         self.engine, self.torch_compile = engine, torch_compile
         self.frozen_pass = (0, 0)
         self.history = History()
+        self.settings: Mapping[str, Any] = {}
         self.val_logits = torch.empty(0, classes), torch.empty(0, dtype=torch.int64)
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
         self.loss_sums = torch.zeros(2)

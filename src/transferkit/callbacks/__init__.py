@@ -3,10 +3,11 @@
 from transferkit.callbacks._base import HOOKS, Callback
 from transferkit.callbacks.averaging import EMA
 from transferkit.callbacks.checkpointing import BestCheckpoint, EarlyStopping
-from transferkit.callbacks.logging import CSVLogger, Progress, TensorBoard, UnfreezeLogger
+from transferkit.callbacks.logging import CSVLogger, Progress, UnfreezeLogger
 from transferkit.callbacks.lr_scheduler import LRScheduler
 from transferkit.callbacks.recording import StepRecorder
 from transferkit.callbacks.resuming import ResumeCheckpoint
+from transferkit.callbacks.tracking import Tracker
 
 __all__ = [
     "EMA",
@@ -19,6 +20,6 @@ __all__ = [
     "Progress",
     "ResumeCheckpoint",
     "StepRecorder",
-    "TensorBoard",
+    "Tracker",
     "UnfreezeLogger",
 ]

@@ -1,4 +1,4 @@
-"""Telling what a run does: in the terminal, in a table, in TensorBoard."""
+"""Telling what a run does: in the terminal and in a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from transferkit.trainer import Trainer
 
-__all__ = ["CSVLogger", "Progress", "TensorBoard", "UnfreezeLogger"]
+__all__ = ["CSVLogger", "Progress", "UnfreezeLogger"]
 
 logger = logging.getLogger("transferkit")
 
@@ -128,53 +128,6 @@ class CSVLogger(Callback):
         """Write the table."""
         if trainer.is_main_process:
             trainer.history.save_csv(self.path)
-
-
-class TensorBoard(Callback):
-    """Log loss, accuracy and the head's lr for TensorBoard, through accelerate's tracker.
-
-    Args:
-        directory: Folder of the event files.
-
-    Raises:
-        CallbackError: At the start of training, when tensorboard is not installed
-            (``pip install transferkit[tensorboard]``).
-
-    Example:
-        >>> TensorBoard("runs/bees/tensorboard").directory.name
-        'tensorboard'
-    """
-
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Store the folder; nothing is written yet."""
-        self.directory = Path(directory)
-        self._tracker: Any = None
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Open the event file."""
-        if trainer.is_main_process:
-            from accelerate.tracking import TensorBoardTracker
-
-            self._tracker = TensorBoardTracker("", self.directory)
-            self._tracker.start()
-
-    def on_validation_end(self, trainer: Trainer) -> None:
-        """Log the epoch."""
-        if self._tracker is not None:
-            record = trainer.history.records[-1].to_dict()
-            step = record.pop("epoch")
-            lr = trainer.optimizer.param_groups[trainer.head_group]["lr"]
-            self._tracker.log({**record, "lr": lr}, step=step)
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        """Close the event file."""
-        if self._tracker is not None:
-            self._tracker.finish()
-            self._tracker = None
-
-    def on_exception(self, trainer: Trainer) -> None:
-        """Close the event file, so that what was logged is kept."""
-        self.on_fit_end(trainer)
 
 
 class UnfreezeLogger(Callback):

@@ -15,7 +15,7 @@ from transferkit.callbacks._base import Callback
 if TYPE_CHECKING:
     from transferkit.trainer import Trainer
 
-__all__ = ["StepRecorder"]
+__all__ = ["StepRecorder", "stage_groups"]
 
 
 class StepRecorder(Callback):
@@ -65,17 +65,8 @@ class StepRecorder(Callback):
     def on_train_epoch_start(self, trainer: Trainer) -> None:
         """Find each stage's group, and forget steps that were broken off and begin again."""
         self._settle()
-        groups = trainer.optimizer.param_groups
-        stages = [stage for stage in trainer.model.stages if stage.parameters]
-        self._groups = {
-            stage.name: None
-            if stage.name in trainer.model.frozen
-            else next(
-                i for i, group in enumerate(groups) if any(each is stage.parameters[0] for each in group["params"])
-            )
-            for stage in stages
-        }
-        self.lrs = {stage.name: self.lrs.get(stage.name, [])[: trainer.step] for stage in stages}
+        self._groups = stage_groups(trainer)
+        self.lrs = {name: self.lrs.get(name, [])[: trainer.step] for name in self._groups}
         for rates in self.lrs.values():
             rates.extend([math.nan] * (trainer.step - len(rates)))
         del self.losses[trainer.step :]
@@ -113,3 +104,19 @@ class StepRecorder(Callback):
         self.losses = list(state["losses"])
         self.lrs = {name: list(rates) for name, rates in state["lrs"].items()}
         self._sums = []
+
+
+def stage_groups(trainer: Trainer) -> dict[str, int | None]:
+    """Return the place of each stage's group in the optimizer, in execution order; ``None`` for frozen stages.
+
+    Args:
+        trainer: The one that is asked; of a stage with several groups the first one is meant.
+    """
+    groups = trainer.optimizer.param_groups
+    return {
+        stage.name: None
+        if stage.name in trainer.model.frozen
+        else next(i for i, group in enumerate(groups) if any(each is stage.parameters[0] for each in group["params"]))
+        for stage in trainer.model.stages
+        if stage.parameters
+    }

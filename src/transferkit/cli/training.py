@@ -115,6 +115,9 @@ def finetune(
         typer.Option("--resident/--no-resident", help="Keep decoded pictures on the device; on a GPU if they fit."),
     ] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Spread the network over the processes (FSDP2).")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Log the run to tensorboard, wandb or mlflow; can be given several times.")
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -122,6 +125,7 @@ def finetune(
     import time
     import warnings
 
+    from transferkit.callbacks import Tracker
     from transferkit.devices import is_main_process
     from transferkit.finetuner import Finetuner
     from transferkit.report import write_report
@@ -164,6 +168,7 @@ def finetune(
         resident=resident,
         shard=shard,
         num_workers=workers,
+        callbacks=[Tracker(name) for name in dict.fromkeys(track or ())],
         progress=is_main_process(),
     )
     try:
