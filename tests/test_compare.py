@@ -25,6 +25,7 @@ from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 from torchvision import models
 
+from browsing import TELL, answer_of, axe_faults
 from test_cli import _restore_logging, run  # noqa: F401  # the fixture works by being here
 from transferkit import (
     ArtifactError,
@@ -536,6 +537,47 @@ def test_the_files_hold_the_same_and_escape_names(tmp_path: Path) -> None:
     assert "http" not in page
     with Image.open(files[".png"]) as picture:
         assert picture.width > 500
+
+
+ASK = f"""<script>window.addEventListener("load", () => {{
+  const table = document.querySelector("table.sortable");
+  const names = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);
+  const column = [...table.tHead.rows[0].cells].findIndex((head) => head.textContent === "val accuracy");
+  const click = (place) => table.tHead.rows[0].cells[place].querySelector("button").click();
+  const answer = {{ before: names() }};
+  click(column); answer.up = names();
+  click(column); answer.down = names();
+  click(0); answer.named = names();
+  answer.faults = window.faults;
+  answer.wide = document.documentElement.scrollWidth > window.innerWidth;
+  {TELL} }});</script>"""
+
+
+@pytest.fixture(scope="module")
+def leaderboard_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    rows = [row("b", 0.9, 0.3, 1.5), row("a", 0.8, 0.2, 1.0), row("c", 0.95, 0.1, 2.0)]
+    folder = board_of(*rows, LeaderboardRow("lost", failure="why")).save(tmp_path_factory.mktemp("board"))
+    return (folder / "leaderboard.html").read_text()
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_sorts_in_a_browser_and_what_is_unknown_stays_below(
+    leaderboard_page: str, tmp_path: Path, width: int
+) -> None:
+    answer = answer_of(leaderboard_page, tmp_path, ASK, width=width)
+    assert answer == {
+        "before": ["b", "a", "c", "lost"],
+        "up": ["a", "b", "c", "lost"],
+        "down": ["c", "b", "a", "lost"],
+        "named": ["a", "b", "c", "lost"],
+        "faults": [],
+        "wide": False,
+    }
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault_in_the_leaderboard(leaderboard_page: str, tmp_path: Path, scheme: str) -> None:
+    assert axe_faults(leaderboard_page, tmp_path, scheme) == []
 
 
 def test_a_leaderboard_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from browsing import TELL, answer_of, axe_faults
 from test_cli import _restore_logging, run  # noqa: F401  # the fixture works by being here
 from transferkit import Finetuner
 from transferkit.exceptions import ArtifactError, OutputError
@@ -24,15 +23,6 @@ from transferkit.validation import Judgement, confusion_matrix, judge, load_judg
 
 EVIL = '<script>alert("x")</script>'
 CLASSES = (EVIL, "bees & wasps", "蚂蚁")
-# A page's own script errors and requests, noted before any script of the page runs.
-WATCH = """<script>window.faults = [];
-window.addEventListener("error", (event) => window.faults.push(String(event.message || event.target.src)), true);
-</script>"""
-TELL = """
-  const note = document.createElement("pre");
-  note.id = "answer"; note.textContent = JSON.stringify(answer);
-  document.body.append(note);
-"""
 ASK = f"""<script>window.addEventListener("load", () => {{
   const table = document.querySelector("table.sortable");
   const column = (place) => [...table.tBodies[0].rows].map((row) => row.cells[place].textContent);
@@ -148,26 +138,6 @@ def test_names_are_escaped(page: str) -> None:
     assert "bees &amp; wasps" in page
 
 
-def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("there is no Chromium here")
-    return found
-
-
-def answer_of(page: str, folder: Path, question: str, *, width: int = 1280) -> dict[str, Any]:
-    """Open the page without a network, and return what a script finds out about it."""
-    file = folder / "page.html"
-    watched = page.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{question}</body>", 1)
-    file.write_text(watched, encoding="utf-8")
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += [f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", file.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    found = re.search(r'<pre id="answer">(.*?)</pre>', dom, re.DOTALL)
-    assert found, "the page's scripts did not run to their end"
-    return dict(json.loads(html.unescape(found[1])))
-
-
 @pytest.mark.parametrize("width", [1280, 500])  # Chromium's windows are no narrower
 def test_the_page_works_in_a_browser(page: str, tmp_path: Path, width: int) -> None:
     answer = answer_of(page, tmp_path, ASK, width=width)
@@ -181,17 +151,7 @@ def test_the_page_works_in_a_browser(page: str, tmp_path: Path, width: int) -> N
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_fault_of_accessibility(page: str, tmp_path: Path, scheme: str) -> None:
-    package = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
-    axe = Path(package.__file__).with_name("axe.min.js").read_text(encoding="utf-8").replace("</script", "<\\/script")
-    if scheme == "dark":
-        page = page.replace("@media (prefers-color-scheme: dark)", "@media all", 1)
-    ask = """axe.run().then((found) => {
-      const faults = found.violations.filter((each) => ["serious", "critical"].includes(each.impact));
-      const answer = { checked: found.passes.length, faults: faults.map((each) => [each.id, each.nodes[0].html]) };
-    """
-    answer = answer_of(page, tmp_path, f"<script>{axe}</script><script>{ask}{TELL}}});</script>")
-    assert answer["faults"] == []
-    assert answer["checked"] > 15
+    assert axe_faults(page, tmp_path, scheme) == []
 
 
 def test_a_saved_model_without_a_run_is_judged_on_the_pictures_given(finished: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from test_report import browser
+from browsing import browser
 
 pytestmark = pytest.mark.long
 
