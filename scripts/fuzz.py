@@ -4,12 +4,13 @@
     python scripts/fuzz.py --count 1000 --seed 7
     python scripts/fuzz.py --seconds 60
 
-Each file is opened by the public loaders, in this process. It must open and give the logits of the undamaged file, or
-be refused by an error of transferkit in one line; within 5 seconds of processor time and 1 GiB. Two kinds may give
-other logits: a file that somebody changed who then made its checksums anew, for it is another model; and foreign
-weights without checksums (a .safetensors file, one of torch before 1.6), in which a changed value is a value. Planted
-pickles make a folder when they are run: it must not be there at the end. Prints a table, and exits with 1 if anything
-went wrong. Linux only, for the memory is read from /proc. The ways are in ``_damage.py``.
+Each file is opened by the public loaders, in this process, and a trainer takes what a resume state holds. It must open
+and give the logits (the state) of the undamaged file, or be refused by an error of transferkit in one line; within 5
+seconds of processor time and 1 GiB. Two kinds may give others: a file that somebody changed who then made its checksums
+anew, for it is another model or run; and foreign weights without checksums (a .safetensors file, one of torch before
+1.6), in which a changed value is a value. Planted pickles make a folder when they are run: it must not be there at the
+end. Prints a table, and exits with 1 if anything went wrong. Linux only, for the memory is read from /proc. The ways
+are in ``_damage.py``.
 """
 
 from __future__ import annotations
@@ -51,17 +52,21 @@ from _damage import (
     state,
 )
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from transferkit.callbacks import BestCheckpoint, EarlyStopping, ResumeCheckpoint, StepRecorder
 from transferkit.checkpoint import CONFIG, WEIGHTS, load_artifact, save_artifact
-from transferkit.create import create_model
+from transferkit.create import adapt, create_model
 from transferkit.exceptions import ArtifactError, TransferkitError
-from transferkit.resume import ResumeStore
+from transferkit.freezing import LinearProbe
+from transferkit.optim import build_optimizer, param_groups
+from transferkit.preprocessing import Preprocessing
+from transferkit.trainer import Trainer
 
 SECONDS, BYTES = 5.0, 2**30
 MODEL, SIDE = "timm/test_efficientnet", 32
 IMAGES = torch.linspace(-1, 1, 2 * 3 * SIDE * SIDE).reshape(2, 3, SIDE, SIDE)
-STATE, TENSORS = "state.json", "state-1.safetensors"
+STATE = "state.json"
 
 
 class TooSlow(BaseException):
@@ -104,11 +109,24 @@ def open_weights(folder: Path, *, name: str) -> object:
     return logits(model)
 
 
-def open_state(folder: Path) -> object:
-    found = ResumeStore(folder).read()
+def open_state(folder: Path, *, trainer: Trainer) -> object:
+    found = ResumeCheckpoint(folder).read()
     if found is None:
         raise ArtifactError("there is no state")
+    trainer.load_state_dict(found)
     return repr(found)
+
+
+def small_run(folder: Path) -> Trainer:
+    """Train a small network, and keep what the run would go on from."""
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9))
+    model = adapt(nn.Sequential(*layers), num_classes=3, preprocessing=Preprocessing(SIDE, SIDE))
+    callbacks = [StepRecorder(), BestCheckpoint(), EarlyStopping(), ResumeCheckpoint(folder, identity={"lr": 0.1})]
+    optimizer = build_optimizer("adamw", param_groups(model, lr=0.1))
+    trainer = Trainer(model, optimizer, policy=LinearProbe(), callbacks=callbacks, device="cpu")
+    batches = [(IMAGES, torch.tensor([0, 2]))]
+    trainer.fit(batches, batches, epochs=2)
+    return trainer
 
 
 def rows(place: Path, canary: Path) -> Iterator[Row]:
@@ -151,19 +169,19 @@ def rows(place: Path, canary: Path) -> Iterator[Row]:
         yield from subject(f"weights, {kind}", folder, partial(open_weights, name=name), ways)
 
     folder = place / "resume"
-    kept = {"epoch": 3, "shape": (1, 2), 0: [torch.arange(4.0), None, True], "loss": 0.1}
-    ResumeStore(folder).write(kept, constant={"stem": torch.ones(8)}, version="a")
+    trainer = small_run(folder)
+    tensors_file = next(file.name for file in folder.glob("state-*.safetensors"))
     ways = {
         "pickle beside": (partial(beside, canary=canary), True),
         f"`{STATE}`: values, fields": (partial(state, STATE, sign=False), True),
         f"`{STATE}`: values, fields; checksum anew": (partial(state, STATE, sign=True), False),
-        f"`{TENSORS}`: header": (partial(header, TENSORS), True),
+        f"`{tensors_file}`: header": (partial(header, tensors_file), True),
     }
-    for name in (STATE, TENSORS):
+    for name in (STATE, tensors_file):
         for way in (bits, cut, appended, linked):
             ways[f"`{name}`: {way.__name__}"] = partial(way, name), True
         ways[f"`{name}`: pickle planted"] = partial(plant, name), True
-    yield from subject("resume state", folder, open_state, ways)
+    yield from subject("resume state", folder, partial(open_state, trainer=trainer), ways)
 
 
 def subject(

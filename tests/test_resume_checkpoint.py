@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import operator
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
 
 from resuming import Killed, Stop, assert_equal
-from transferkit.callbacks import BestCheckpoint, Callback, EarlyStopping, LRScheduler, ResumeCheckpoint
-from transferkit.exceptions import ArtifactError
+from transferkit.callbacks import BestCheckpoint, Callback, EarlyStopping, LRScheduler, ResumeCheckpoint, StepRecorder
+from transferkit.create import adapt
+from transferkit.exceptions import ArtifactError, TransferkitError
 from transferkit.freezing import FullFinetune, LinearProbe, ScheduledUnfreeze
 from transferkit.interrupts import Interrupted
+from transferkit.model import TransferModel
 from transferkit.optim import build_optimizer, param_groups
+from transferkit.preprocessing import Preprocessing
+from transferkit.resume import ResumeStore
 from transferkit.schedules import OneCycle
 from transferkit.trainer import Trainer
 
@@ -83,6 +93,80 @@ def test_a_state_of_other_callbacks_or_another_network_is_refused(tiny_model: An
         trainer_of(tiny_model()).load_state_dict(state)
     with pytest.raises(ArtifactError, match=r"another network than timm/test_resnet: .* differs"):
         trainer_of(tiny_model(name="timm/test_resnet"), EarlyStopping()).load_state_dict(state)
+
+
+@dataclass(repr=False)
+class Saved:
+    """A folder for a state, the state of a run, and a trainer that could go on with it."""
+
+    folder: Path
+    state: dict[str, Any]
+    trainer: Trainer
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Go on with another state, written by somebody who knows how it is signed."""
+        ResumeStore(self.folder).write(state, constant={}, version="odd")
+        self.trainer.load_state_dict(ResumeCheckpoint(self.folder).read() or {})
+
+
+def small_model() -> TransferModel:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9)
+    )
+    return adapt(network, num_classes=3, preprocessing=Preprocessing(32, 32))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    checkpoint = ResumeCheckpoint(tmp_path_factory.mktemp("saved"))
+    trainer = trained(small_model, StepRecorder(), EarlyStopping(), checkpoint)
+    state = checkpoint.read()
+    assert state is not None
+    return Saved(checkpoint.store.path, state, trainer)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the way to every value inside."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield (*path, key)
+        yield from places(tree[key], (*path, key))
+
+
+ODD = st.sampled_from([..., None, True, -1, 10**30, 0.5, "", "text", [], [0], {}, {"a": 1}, {0: []}, torch.ones(3)])
+
+
+@given(st.integers(0, 10**6), ODD)
+@settings(deadline=None, max_examples=60)
+def test_a_state_with_any_value_in_any_place_is_gone_on_with_or_refused_in_one_sentence(
+    saved: Saved, place: int, value: Any
+) -> None:
+    state, sentence = copy.deepcopy(saved.state), ""
+    ways = list(places(state))
+    *way, last = ways[place % len(ways)]
+    holder = functools.reduce(operator.getitem, way, state)
+    holder[last] = value
+    if value is ...:
+        del holder[last]
+    try:
+        saved.go_on(state)
+    except TransferkitError as error:
+        sentence = str(error)
+    assert sentence == "" or (sentence.isprintable() and len(sentence) < 1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"batch": "3"}, "the state has a str as 'batch', unlike a run that was saved"),
+        ({"batch": -3}, "it is after batch -3 of 3"),
+        ({"history": [{"epoch": 1}]}, "missing 4 required positional arguments"),
+        ({"optimizer": {}}, "there is no 'state'"),
+        ({"sums": torch.tensor(1.0)}, "0-d tensor"),
+    ],
+)
+def test_what_no_run_has_saved_is_named(saved: Saved, changes: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ArtifactError, match=rf"the saved run cannot be used \(.*{wanted}.*\); start anew with"):
+        saved.go_on({**saved.state, **changes})
 
 
 def test_a_callback_that_has_nothing_to_remember_at_first_is_resumed(tiny_model: Any, tmp_path: Path) -> None:

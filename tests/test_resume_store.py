@@ -650,10 +650,10 @@ def test_a_folder_that_cannot_be_looked_into_is_not_taken_for_an_empty_one(tmp_p
         ResumeStore(tmp_path / "loop").read()
 
 
-def forge(folder: Path, **changes: Any) -> None:
+def forge(folder: Path, document: dict[str, Any] | None = None, **changes: Any) -> None:
     """Change ``state.json`` as somebody would who knows how the checksum is made."""
     file = folder / "state.json"
-    document = {**json.loads(file.read_bytes()), **changes}
+    document = {**(document or json.loads(file.read_bytes())), **changes}
     document.pop("crc32")
     own = json.dumps(document, separators=(",", ":")).encode()
     file.write_text(json.dumps({**document, "crc32": zlib.crc32(own)}))
@@ -692,18 +692,27 @@ def test_a_field_that_no_state_has_is_named(written, tmp_path, part, name):
     shutil.copytree(written, tmp_path / "resume")
     document = json.loads((written / "state.json").read_bytes())
     forge(tmp_path / "resume", **({name: 1} if part is None else {part: {**document[part], name: 1}}))
-    with pytest.raises(
-        ArtifactError, match=rf"state.json has or lacks '{name}', unlike a state of this format.*{ANEW}$"
-    ):
+    with pytest.raises(ArtifactError, match=rf"state.json has '{name}', unlike a state of this format.*{ANEW}$"):
         ResumeStore(tmp_path / "resume").read()
 
 
-def test_a_field_that_every_state_has_is_missed(written, tmp_path):
+KINDS = {"version": str, "state": dict, "file": str, "size": int, "crc32": int, "tree": dict}
+ODD = [
+    (name, odd) for name in KINDS for odd in (None, [], 0.5, {"a": 1}, "text", 7, ...) if type(odd) is not KINDS[name]
+]
+
+
+@pytest.mark.parametrize(("name", "value"), ODD, ids=repr)
+def test_a_field_that_every_state_has_is_missed_and_has_its_kind(written, tmp_path, name, value):
     shutil.copytree(written, tmp_path / "resume")
     document = json.loads((written / "state.json").read_bytes())
-    del document["state"]["size"]
-    forge(tmp_path / "resume", state=document["state"])
-    with pytest.raises(ArtifactError, match=rf"state.json has or lacks 'size', unlike a state of this format.*{ANEW}$"):
+    holder = document if name in ("version", "state") else document["state"]
+    holder[name] = value
+    if value is ...:
+        del holder[name]
+    forge(tmp_path / "resume", document)
+    wanted = f"lacks '{name}'" if value is ... else rf"has an? \w+ as '{name}', unlike a run that was saved"
+    with pytest.raises(ArtifactError, match=rf"\(('state' of )?state.json {wanted}\); {ANEW}$"):
         ResumeStore(tmp_path / "resume").read()
 
 

@@ -14,8 +14,8 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from transferkit.exceptions import ArtifactError, OutputError, SettingError
+from transferkit.exceptions import ArtifactError, OutputError, SettingError, TransferkitError
 from transferkit.plain_files import check_plain, check_safetensors, one_line, read_json
 
-__all__ = ["ResumeStore"]
+__all__ = ["ResumeStore", "check_fields", "refuses_odd_content"]
 
 _STATE = "state.json"
 _FORMAT = 1
 _TENSORS = re.compile(r"(state|constant)-([1-9][0-9]*)\.safetensors")
 _PARTIAL = ".partial"  # a folder, for safetensors makes temporary files of its own beside the one it writes
 _LARGEST_JSON = 32 * 2**20  # bytes; the tensors are not in it
-_FIELDS, _PART_FIELDS = {"format", "version", "state", "constant"}, {"file", "size", "crc32", "tree"}
+_FIELDS = {"format": int, "version": str, "state": dict, "constant": dict}
+_PART_FIELDS = {"file": str, "size": int, "crc32": int, "tree": dict}
 _DEEPEST = 100  # json goes three times as deep, and neither it nor Python goes much beyond that
 _ANEW = "start anew with overwrite=True (--overwrite)"
 
@@ -215,11 +216,11 @@ class ResumeStore:
     def _check(self, document: dict[str, Any]) -> None:
         if document.pop("crc32") != zlib.crc32(_dump(document)) or document["format"] != _FORMAT:
             raise ValueError(f"{_STATE} is not as it was written")
-        parts = [(part, _PART_FIELDS) for part in (document["state"], document["constant"])]
-        for fields, known in [(document, _FIELDS), *parts]:
-            if not isinstance(fields, dict) or fields.keys() != known:
-                odd = sorted(fields.keys() ^ known)[:3] if isinstance(fields, dict) else [type(fields).__name__]
-                raise ValueError(f"{_STATE} has or lacks {', '.join(map(repr, odd))}, unlike a state of this format")
+        for part, kinds in ((None, _FIELDS), ("state", _PART_FIELDS), ("constant", _PART_FIELDS)):
+            fields, place = (document[part], f"{part!r} of {_STATE}") if part else (document, _STATE)
+            check_fields(fields, kinds, place)
+            if odd := sorted(fields.keys() - kinds):
+                raise ValueError(f"{place} has {', '.join(map(repr, odd[:3]))}, unlike a state of this format")
         for part in ("state", "constant"):
             name = document[part]["file"]
             match = _TENSORS.fullmatch(name)
@@ -241,6 +242,50 @@ class ResumeStore:
 
     def _unusable(self, error: Exception) -> ArtifactError:
         return ArtifactError(f"the resume state in {self.path} cannot be used ({_cause(error)}); {_ANEW}")
+
+
+def check_fields(content: Mapping[str, Any], kinds: Mapping[str, Any], place: str) -> None:
+    """Refuse content that lacks a field, or has one of another kind.
+
+    Args:
+        content: The fields by name.
+        kinds: For each field that must be there, what ``isinstance`` asks it for.
+        place: Where the content stands, for the message.
+
+    Raises:
+        ValueError: A field is missing or of another kind; one sentence says which.
+
+    Example:
+        >>> check_fields({"batch": "3"}, {"batch": int}, "the state")
+        Traceback (most recent call last):
+        ValueError: the state has a str as 'batch', unlike a run that was saved
+    """
+    for name, kind in kinds.items():
+        if name not in content:
+            raise ValueError(f"{place} lacks {name!r}")
+        if not isinstance(content[name], kind):
+            raise ValueError(f"{place} has {_kind(content[name])} as {name!r}, unlike a run that was saved")
+
+
+@contextmanager
+def refuses_odd_content() -> Iterator[None]:
+    """Refuse in one sentence what no run has saved, wherever it is met: whoever changes a state can sign it anew.
+
+    Raises:
+        ArtifactError: The block raised what is no error of transferkit, nor a lack of memory or of a file.
+
+    Example:
+        >>> with refuses_odd_content():
+        ...     {"epoch": 3}["batch"]
+        Traceback (most recent call last):
+        transferkit.exceptions.ArtifactError: the saved run cannot be used (there is no 'batch'); start anew with ...
+    """
+    try:
+        yield
+    except (TransferkitError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever torch raises for values that are not its own
+        raise ArtifactError(f"the saved run cannot be used ({_cause(error)}); {_ANEW}") from error
 
 
 def _names(document: Mapping[str, Any]) -> set[str]:
@@ -366,5 +411,5 @@ def _kind(value: object) -> str:
 
 def _cause(error: Exception) -> str:
     if type(error) is KeyError:
-        return f"there is no {error}"
+        return f"there is no {one_line(error)}"
     return one_line(error) or type(error).__name__

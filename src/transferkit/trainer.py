@@ -41,8 +41,10 @@ from transferkit.interrupts import Interrupted, Interrupts
 from transferkit.metrics import Evaluation, evaluate_logits
 from transferkit.model import TransferModel
 from transferkit.optim import unassigned_parameters
+from transferkit.plain_files import one_line
 from transferkit.randomness import keeps_generators, seed_generators
 from transferkit.ranges import MOST_EPOCHS, MOST_PER_BATCH, check_number, check_seed, check_whole_number
+from transferkit.resume import refuses_odd_content
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -485,6 +487,7 @@ class Trainer:
             "precision": self.precision_used,
         }
 
+    @refuses_odd_content()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave, before :meth:`fit` goes on with it.
 
@@ -492,19 +495,20 @@ class Trainer:
             state: That dictionary; from a trainer with the same model, optimizer, callbacks and number of processes.
 
         Raises:
-            ArtifactError: It is of another model, optimizer, or set of callbacks; nothing has changed then.
+            ArtifactError: It is of another model, optimizer, or set of callbacks, and nothing has changed; or it holds
+                what no run has saved.
         """
         mine, theirs = callback_states(self.callbacks).keys(), state["callbacks"].keys()
         if mine != theirs:
             raise ArtifactError(
-                f"the run was saved with the callbacks {', '.join(theirs) or '-'}, and is to go on with "
+                f"the run was saved with the callbacks {one_line(', '.join(theirs)) or '-'}, and is to go on with "
                 f"{', '.join(mine) or '-'}; give it the same"
             )
         shapes = {key: tuple(value.shape) for key, value in self.model.network.state_dict().items()}
         saved = {key: tuple(value.shape) for key, value in state["network"].items()}
         if different := sorted(shapes.items() ^ saved.items()):
             raise ArtifactError(
-                f"the saved run is of another network than {self.model.name}: {different[0][0]} differs"
+                f"the saved run is of another network than {self.model.name}: {one_line(different[0][0])} differs"
             )
         if len(state["sums"]) != self.accelerator.num_processes:
             raise ArtifactError(
@@ -512,7 +516,7 @@ class Trainer:
                 f"{self.accelerator.num_processes}; start as many"
             )
         if state["precision"] != self.precision_used:
-            raise ArtifactError(f"the run was saved in {state['precision']}; give it precision={state['precision']!r}")
+            raise ArtifactError(f"the run was saved in {one_line(state['precision'])}; give it the same precision")
         self._place()
         load_network_state(self.model.network, state["network"])
         load_optimizer_state(self.optimizer, state["optimizer"])

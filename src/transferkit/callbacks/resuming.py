@@ -9,16 +9,31 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from transferkit.callbacks._base import Callback
 from transferkit.interrupts import Interrupted
 from transferkit.ranges import check_number, check_whole_number
-from transferkit.resume import ResumeStore
+from transferkit.resume import ResumeStore, check_fields, refuses_odd_content
 
 if TYPE_CHECKING:
     from transferkit.model import TransferModel
     from transferkit.trainer import Trainer
 
 __all__ = ["ResumeCheckpoint"]
+
+_FIELDS = {
+    **dict.fromkeys(("network", "optimizer", "callbacks", "identity"), dict),
+    **dict.fromkeys(("batch", "batches_per_epoch"), int),
+    "history": list,
+    "sums": Tensor,
+    "scaler": dict | None,
+    "micro_batch": int | None,
+    "seconds": float,
+    "stopped": bool,
+    "precision": str,
+}
+"""What :meth:`Trainer.state_dict` gives, and the identity."""
 
 
 class ResumeCheckpoint(Callback):
@@ -64,12 +79,16 @@ class ResumeCheckpoint(Callback):
         """Return the state that was saved last, with ``"identity"`` in it, or ``None`` if there is none.
 
         Raises:
-            ArtifactError: It is damaged.
+            ArtifactError: It is damaged, or no run has saved such a state.
         """
         found = self.store.read()
         if found is None:
             return None
         state, constant = found
+        with refuses_odd_content():
+            check_fields(state, _FIELDS, "the state")
+            if not 0 <= state["batch"] <= state["batches_per_epoch"]:
+                raise ValueError(f"it is after batch {state['batch']:,} of {state['batches_per_epoch']:,}")
         return {**state, "network": {**state["network"], **constant}}
 
     def on_fit_start(self, trainer: Trainer) -> None:
