@@ -33,6 +33,8 @@ ASK = f"""<script>window.addEventListener("load", () => {{
   click(0); answer.names = column(0);
   answer.faults = window.faults;
   answer.wide = document.documentElement.scrollWidth > window.innerWidth;
+  document.querySelector("main").style.maxWidth = "343px";  // a phone's
+  answer.heads = [...document.querySelectorAll("thead th:first-child")].map((head) => head.offsetHeight);
   {TELL} }});</script>"""
 
 
@@ -143,6 +145,7 @@ def test_the_page_works_in_a_browser(page: str, tmp_path: Path, width: int) -> N
     answer = answer_of(page, tmp_path, ASK, width=width)
     assert answer["faults"] == []
     assert not answer["wide"], "the page is wider than its window"
+    assert max(answer["heads"]) < 100, "a column's head is broken into letters"
     assert sorted(answer["up"], key=float) == answer["up"]
     assert answer["down"] == answer["up"][::-1]
     assert answer["said"] == "descending"
