@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "validation",
         "history",
         "interrupts",
+        "pages",
         "plain_files",
         "resume",
     ),
