@@ -128,7 +128,8 @@ def test_every_module_has_a_reference_page() -> None:
 def test_the_readme_holds_the_test_command_that_continuous_integration_runs() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^<!-- ci:test -->\n```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert command == 'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest\n'
+    steps = ["python3 -m venv .venv", '.venv/bin/pip install -e ".[test]"', ".venv/bin/python -m pytest -n auto"]
+    assert command.strip().split(" && ") == steps
     runner = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "<!-- ci:test -->" in runner
     assert ".[test]" not in runner, "the runner has a copy of the command, which can differ from the README's"
