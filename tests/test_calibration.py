@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from torch import Tensor
@@ -120,6 +121,34 @@ def test_the_temperature_is_the_best_of_a_fine_grid(sizes: tuple[int, int, int, 
         assert near[int(np.argmin([*map(cost, near)]))] == pytest.approx(found, rel=1.5e-4)
 
 
+@given(
+    st.tuples(st.integers(1, 40), st.sampled_from([1, 2, 7, 1000]), st.integers(0, 999), st.floats(0.01, 300.0)),
+    st.sampled_from([0.0, PRIOR]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.integers(1, 10_000),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_temperature_is_the_one_that_a_slow_search_finds(
+    sizes: tuple[int, int, int, float], prior: float, dtype: torch.dtype, block: int
+) -> None:
+    logits, labels = drawn(*sizes)
+    logits = logits.to(dtype)
+
+    def cost(inverse: float) -> float:
+        loss = F.cross_entropy(logits.double() * inverse, labels, reduction="sum").item()
+        return loss + prior * (inverse - 1 - math.log(inverse))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transferkit.calibration._BLOCK", block)  # however the pictures are cut up
+        found = 1 / fit_temperature(logits, labels, prior=prior)
+    least, most = (1 / each for each in reversed(TEMPERATURES))
+    wanted = minimize_scalar(cost, bounds=(least, most), method="bounded", options={"xatol": 1e-12, "maxiter": 500}).x
+    assert least * (1 - 1e-6) <= found <= most * (1 + 1e-6)
+    assert cost(found) <= cost(wanted) + 1e-12 * (1 + cost(wanted))
+    if prior:  # else it may be flat
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 @given(SIZES)
 @settings(deadline=None, max_examples=30)
 def test_a_temperature_never_changes_the_answer_and_never_raises_the_loss(sizes: tuple[int, int, int, float]) -> None:
@@ -177,6 +206,11 @@ def test_hopeless_cases_give_a_temperature_within_the_range(
     found = fit_temperature(given_logits, given_labels)  # the prior draws it near to 1
     assert min(1, expected) <= found <= max(1, expected)
     assert 0.4 < found < 2.5
+
+
+def test_logits_as_sure_as_can_be_and_wrong_get_the_highest_temperature() -> None:
+    logits, labels = torch.tensor([[1e4, 0.0]] * 5), torch.ones(5, dtype=torch.int64)
+    assert fit_temperature(logits, labels, prior=0) == pytest.approx(TEMPERATURES[1])
 
 
 @given(SIZES)

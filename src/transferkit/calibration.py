@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -47,6 +48,7 @@ LEAST_PICTURES = 50
 """With fewer pictures to validate on, a run keeps no temperature but 1."""
 
 _CLOSE, _MOST_STEPS = 1e-8, 100  # relative to the temperature; fewer than ten steps are usual
+_BLOCK = 2**17  # logits at a time, by NumPy: they stay in the cache, and no threads wait for each other
 
 
 @dataclass(frozen=True)
@@ -216,24 +218,35 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, prior: float = PRIOR) -> 
     _check_logits(logits, labels)
     check_number("prior", prior, at_least=0)
     weight = prior / len(labels)
-    ahead = logits.to(torch.float64, copy=True)
-    ahead -= ahead.gather(1, labels[:, None])
+    behind = logits.detach().cpu().to(torch.float64, copy=True).numpy()
+    behind -= behind.max(1, keepdims=True)
+    right = float(np.take_along_axis(behind, labels.cpu().numpy()[:, None], 1).mean())
+    rows = max(1, _BLOCK // behind.shape[1])
+    blocks = [behind[first : first + rows] for first in range(0, len(behind), rows)]
     # Newton's steps on 1 / T, in which loss and prior are convex; halving where one leaves what is known of its place.
     low, high = (1 / each for each in reversed(TEMPERATURES))
     scale = 1.0
     for _ in range(_MOST_STEPS):
-        weighed = torch.softmax(ahead * scale, 1).mul_(ahead)
-        means = weighed.sum(1)
-        slope = means.mean() + weight * (1 - 1 / scale)
-        curvature = (torch.linalg.vecdot(weighed, ahead) - means**2).mean() + weight / scale**2
+        means, variances = zip(*(_moments(block, scale) for block in blocks), strict=True)
+        slope = float(np.concatenate(means).mean()) - right + weight * (1 - 1 / scale)
+        curvature = float(np.concatenate(variances).mean()) + weight / scale**2
         if slope == 0:
             break
         low, high = (scale, high) if slope < 0 else (low, scale)
-        step = float(scale - slope / curvature)
+        step = scale - slope / curvature if curvature > 0 else math.inf
         before, scale = scale, step if low < step < high else math.sqrt(low * high)
         if abs(scale - before) < _CLOSE * scale:
             break
     return 1 / scale
+
+
+def _moments(behind: NDArray[Any], scale: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return mean and variance of each row under its softmax at a scale; the largest number of a row is 0."""
+    weights = np.exp(behind * scale)
+    total = weights.sum(1)
+    weights *= behind
+    means = weights.sum(1) / total
+    return means, np.einsum("ij,ij->i", weights, behind) / total - means**2
 
 
 def temperature_for(logits: Tensor, labels: Tensor) -> float:
