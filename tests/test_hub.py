@@ -215,7 +215,7 @@ def test_the_limits_say_whether_confidences_were_calibrated(temperature: float) 
     assert ("not calibrated" in limits) == (temperature == 1.0)
 
 
-@pytest.mark.parametrize("name", ["timm/test_efficientnet", "torchvision/squeezenet1_1"])
+@pytest.mark.parametrize("name", ["timm/test_efficientnet", "torchvision/squeezenet1_1", "torchvision/mnasnet0_5"])
 def test_the_lines_that_the_card_shows_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model(name, weights=None, class_names=["ant", "bee"], image_size=64)
     blocks = FENCE.findall(section(export_hub(model, tmp_path / "ants and bees"), "Use"))

@@ -356,5 +356,7 @@ def _use(config: Mapping[str, Any], *, folder: str, repo_id: str | None) -> list
         lines += ["", "With torchvision alone:", "", "```python", *fetch[:1], "import torchvision"]
         lines += ["from safetensors.torch import load_file", ""]
         lines += [f"network = torchvision.models.get_model({build})"]
-        lines += [f"network.load_state_dict(load_file({weights}))", "network.eval()", "```"]
+        # the network's own state has the versions of its modules, which MNASNet asks for
+        lines += ["state = network.state_dict()", f"state.update(load_file({weights}))"]
+        lines += ["network.load_state_dict(state)", "network.eval()", "```"]
     return lines
