@@ -141,6 +141,25 @@ def test_a_file_that_holds_something_else_is_refused(content: Any, tmp_path: Pat
         read_state_dict(tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize("small_images", ["upsample", "stem"])
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18"])
+def test_a_file_that_cannot_be_read_is_told_before_the_network_is_built(
+    name: str, small_images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*arguments: Any, **keywords: Any) -> nn.Module:
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(models, "get_model", build)
+    monkeypatch.setattr(timm, "create_model", build)
+    (tmp_path / "empty.pth").touch()
+    for file, reason in (("missing.pth", "no weights file at"), ("empty.pth", "it is empty")):
+        with pytest.raises(WeightsError, match=reason):
+            load_backbone(name, weights=tmp_path / file, small_images=small_images)
+    if name.startswith("timm"):
+        with pytest.raises(WeightsError, match="no bundled weights for timm/resnet18"):
+            load_backbone(name, weights="bundled", small_images=small_images)
+
+
 @pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/mobilenetv2_050"])
 @pytest.mark.parametrize("file", ["nowhere/weights.pth", "weights.safetensors", "folder/"])
 def test_a_missing_file_is_named(name: str, file: str) -> None:

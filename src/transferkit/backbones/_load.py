@@ -141,6 +141,7 @@ def load_backbone(
     chosen = Path(weights) if weights is not None and _is_path(weights) else weights
     # A file may hold a stem that was adapted already, so it is read into the adapted network.
     late = chosen if small_images == "stem" and isinstance(chosen, Path) else None
+    state = None if late is None else read_state_dict(late)
     backbone: Backbone = _LIBRARIES[library].load(
         architecture,
         weights=None if late else chosen,
@@ -151,10 +152,10 @@ def load_backbone(
     )
     if small_images == "stem":
         backbone = _with_small_stem(backbone, options)
-    if late is not None:
+    if state is not None:
         heads = (*backbone.head_paths, *backbone.aux_paths)
         kernels = [change.path for change in backbone.stem]
-        fit_state_dict(backbone.network, read_state_dict(late), head_paths=heads, source=str(late), resampled=kernels)
+        fit_state_dict(backbone.network, state, head_paths=heads, source=str(late), resampled=kernels)
         backbone = replace(backbone, weights=str(late))
     logger.debug("%s with %s", backbone.name, backbone.weights or "random weights")
     return backbone

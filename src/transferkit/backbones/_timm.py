@@ -133,6 +133,10 @@ def load(
     """
     bare, _, tag = architecture.partition(".")
     arguments: dict[str, Any] = {}
+    if weights == "bundled" and bare != BUNDLED:
+        raise WeightsError(f"no bundled weights for timm/{bare}; they belong to timm/{BUNDLED}")
+    # A file is read before the network is built, which may take long.
+    state = read_state_dict(weights) if isinstance(weights, Path) else None
     if isinstance(weights, str) and weights not in ("default", "bundled"):
         tag, weights = weights, "default"
     config = _config(bare, tag)
@@ -151,13 +155,11 @@ def load(
     head_paths = find_head_paths(network)
     preprocessing = preprocessing_of(network)
     if weights == "bundled":
-        if bare != BUNDLED:
-            raise WeightsError(f"no bundled weights for timm/{bare}; they belong to timm/{BUNDLED}")
         described, preprocessing = "transferkit bundled", _BUNDLED_PREPROCESSING
         fit_state_dict(network, read_state_dict(_BUNDLED_FILE), head_paths=head_paths, source=described)
-    elif isinstance(weights, Path):
+    elif state is not None:
         described = str(weights)
-        fit_state_dict(network, read_state_dict(weights), head_paths=head_paths, source=described)
+        fit_state_dict(network, state, head_paths=head_paths, source=described)
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)
     return Backbone(f"timm/{name}", network, head_paths, preprocessing.with_channels(in_chans), described, arguments)

@@ -121,6 +121,8 @@ def load(
         SettingError: The network cannot take pictures of ``image_size``.
     """
     entry = None if weights is None or isinstance(weights, Path) else _entry(architecture, weights)
+    # A file is read before the network is built, which may take long.
+    held = read_state_dict(weights) if isinstance(weights, Path) else None
     preprocessing = _preset(architecture, entry)
     if image_size is not None:
         preprocessing = preprocessing.resized(image_size)
@@ -146,7 +148,7 @@ def load(
     described = None
     if weights is not None:
         described = str(weights) if entry is None else str(entry)
-        state = read_state_dict(Path(weights)) if entry is None else _download(architecture, entry)
+        state = _download(architecture, entry) if held is None else held
         if not aux:
             state = {key: value for key, value in state.items() if not _is_auxiliary(key)}
         fit_state_dict(network, state, head_paths=(*head_paths, *aux_paths), source=described)
