@@ -468,6 +468,12 @@ def test_a_late_explosion_does_not_flatten_the_plot() -> None:
     assert 2.0 < axes.get_ylim()[1] < 10
 
 
+def test_a_suggestion_between_two_rates_is_marked_on_the_line_between_them() -> None:
+    finding = LRFinding(lrs=(0.01, 1.0), losses=(2.0, 1.0), smoothed=(2.0, 1.0), suggestion=0.1)
+    (axes,) = finding.plot().axes
+    assert list(axes.lines[3].get_ydata()) == [pytest.approx(1.5)]
+
+
 # --- on real pictures -------------------------------------------------------------------------------------------------
 
 

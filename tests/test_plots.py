@@ -75,7 +75,7 @@ EXTREMES: dict[str, Callable[..., Figure]] = {
     "one step": lambda: plot_steps([0.7]),
     "lrs of one step": lambda: plot_lrs({"head": [0.1]}),
     "one prediction": lambda: plot_predictions([view(LONG, LONG, 1.0)]),
-    "one heat map": lambda: plot_heat_maps([picture()], [HEAT], ["cat 97 %"]),
+    "one heat map": lambda: plot_heat_maps([picture()], [HEAT], ["cat, 97 %"]),
 }
 
 
@@ -131,9 +131,9 @@ def test_drawing_changes_no_global_setting_and_opens_no_window() -> None:
 @pytest.mark.parametrize(
     ("actual", "title", "colour"),
     [
-        ("cat", "✓ cat 97 %", GREEN),
-        ("dog", "✗ cat 97 %\n(true: dog)", RED),
-        (None, "cat 97 %", NEUTRAL),
+        ("cat", "✓ cat, 97 %", GREEN),
+        ("dog", "✗ cat, 97 %\n(true: dog)", RED),
+        (None, "cat, 97 %", NEUTRAL),
     ],
 )
 def test_a_prediction_is_told_by_mark_and_colour(actual: str | None, title: str, colour: str) -> None:
@@ -252,9 +252,9 @@ def test_any_class_name_is_drawn_in_every_figure_that_names_classes(tmp_path: Pa
 def test_top_losses_come_highest_first_with_file_loss_prediction_and_truth() -> None:
     items = [mistake("low.jpg", loss=0.2, actual="dog"), mistake("high.jpg", loss=4.506), mistake("mid.jpg", loss=1.0)]
     titles = [axes.get_title() for axes in plot_top_losses(items).axes]
-    assert titles[0] == "high.jpg\nloss 4.51\n✗ dog 97 %\n(true: cat)"
+    assert titles[0] == "high.jpg\nloss 4.51\n✗ dog, 97 %\n(true: cat)"
     assert [title.split("\n")[0] for title in titles] == ["high.jpg", "mid.jpg", "low.jpg"]
-    assert titles[2] == "low.jpg\nloss 0.20\n✓ dog 97 %"
+    assert titles[2] == "low.jpg\nloss 0.20\n✓ dog, 97 %"
 
 
 def test_a_long_file_name_keeps_its_end() -> None:

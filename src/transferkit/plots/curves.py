@@ -229,7 +229,7 @@ def plot_lr_finding(
         lrs: Learning rate of each step, rising.
         losses: Loss of each step.
         smoothed: The same, smoothed.
-        suggestion: One of ``lrs``.
+        suggestion: Within ``lrs``.
         dark: Whether it is for a dark page.
 
     Returns:
@@ -250,7 +250,7 @@ def plot_lr_finding(
     axes.plot(lrs, losses, color=palette.train, linewidth=1, alpha=0.6, label="each batch")
     axes.plot(lrs, smoothed, color=palette.validation, linewidth=2, label="smoothed")
     axes.axvline(suggestion, color=palette.quiet, linestyle=":", linewidth=1.4, zorder=1)
-    height = smoothed[lrs.index(suggestion)]
+    height = np.interp(np.log(suggestion), np.log(lrs), smoothed)
     axes.plot([suggestion], [height], color=palette.text, label="suggestion", **_RING)
     # the explosion at the end would press all that matters into a line
     before = max(smoothed[: int(np.argmin(smoothed)) + 1])

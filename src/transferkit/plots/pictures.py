@@ -100,7 +100,7 @@ def plot_predictions(items: Sequence[PredictionView], *, columns: int = 4, dark:
     Example:
         >>> figure = plot_predictions([PredictionView(Image.new("RGB", (8, 8)), "cat", 0.97, actual="cat")])
         >>> figure.axes[0].get_title()
-        '✓ cat 97 %'
+        '✓ cat, 97 %'
     """
     palette = DARK if dark else LIGHT
     return _picture_grid(
@@ -172,7 +172,7 @@ def plot_top_losses(items: Sequence[TopLoss], *, columns: int = 4, dark: bool = 
         >>> print(plot_top_losses([worst]).axes[0].get_title())
         cats/1.jpg
         loss 3.51
-        ✗ dog 97 %
+        ✗ dog, 97 %
         (true: cat)
     """
     palette = DARK if dark else LIGHT
@@ -238,7 +238,7 @@ def plot_heat_maps(
 
 
 def _said(predicted: str, confidence: float, actual: str | None) -> str:
-    said = f"{shortened(predicted)} {100 * confidence:.0f} %"
+    said = f"{shortened(predicted)}, {100 * confidence:.0f} %"
     if actual is None:
         return said
     return f"✓ {said}" if predicted == actual else f"✗ {said}\n(true: {shortened(actual)})"
