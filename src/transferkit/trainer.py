@@ -515,8 +515,8 @@ class Trainer:
                 f"the run was saved by {len(state['sums'])} processes, and is to go on with "
                 f"{self.accelerator.num_processes}; start as many"
             )
-        if state["precision"] != self.precision_used:
-            raise ArtifactError(f"the run was saved in {one_line(state['precision'])}; give it the same precision")
+        if (precision := one_line(state["precision"])) != self.precision_used:
+            raise ArtifactError(f"the run was saved in {precision}; give it precision={precision!r}")
         self._place()
         load_network_state(self.model.network, state["network"])
         load_optimizer_state(self.optimizer, state["optimizer"])
