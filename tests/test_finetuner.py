@@ -25,9 +25,10 @@ from transferkit.exceptions import (
     WeightsError,
 )
 from transferkit.history import History
-from transferkit.pieces import build_model
+from transferkit.pieces import build_model, make_loader
 from transferkit.preprocessing import Preprocessing
 from transferkit.sources import PictureData
+from transferkit.transforms import eval_transform
 
 COLOURS = ("blue", "green", "red")
 TINY = {
@@ -541,3 +542,17 @@ def test_random_weights_learn_as_fast_as_the_head_and_move_their_statistics(run)
     assert tuner.recipe.head_lr_multiplier == 1.0
     assert not tuner.model.keep_statistics
     assert tuner_of(weights="default").recipe.head_lr_multiplier > 1.0
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "batches", "passes"), [("cpu", None, 0, 1), ("meta", None, 1, 1), ("cpu", 1, 1, 1)]
+)
+def test_a_cpu_that_trains_has_one_reading_process_less_than_one_that_only_looks(
+    picture_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, given: int | None, batches: int, passes: int
+) -> None:
+    monkeypatch.setattr("transferkit.pieces.usable_cores", lambda: 2)
+    tuner = Finetuner("timm/test_efficientnet", batch_size=2, num_workers=given)
+    data = image_folder(picture_folder)
+    transform = eval_transform("imagenet", Preprocessing(32, 32))
+    made = make_loader(tuner, data.train, transform, train=True, channels=3, device=torch.device(device))
+    assert (made.num_workers, made.ordered().num_workers) == (batches, passes)

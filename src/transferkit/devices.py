@@ -24,6 +24,7 @@ __all__ = [
     "make_accelerator",
     "processes_per_machine",
     "runs_channels_last",
+    "usable_cores",
 ]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -64,6 +65,16 @@ def is_main_process() -> bool:
         True
     """
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def usable_cores() -> int:
+    """How many cores this process may use, which ``taskset`` or a container can make fewer than there are.
+
+    Example:
+        >>> 1 <= usable_cores() <= os.cpu_count()
+        True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processes_per_machine() -> int:

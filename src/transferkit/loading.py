@@ -139,6 +139,7 @@ def loader(
     train: bool,
     balanced: bool = False,
     num_workers: int = 0,
+    pass_workers: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
@@ -157,6 +158,8 @@ def loader(
         balanced: Whether every class comes equally often in training, as :class:`EpochSampler` says. Where the source
             lists its labels, no picture is decoded for it.
         num_workers: Processes that read and transform; 0 does it in this process. The batches are the same.
+        pass_workers: The same for single passes in order, such as through frozen stages, which leave more of the
+            machine free than training does; ``None`` for ``num_workers``.
         rank: This process, 0 to ``world_size - 1``.
         world_size: How many processes share the pictures; see :class:`EpochSampler`.
         pin_memory: Whether batches are put in page-locked memory, for faster copies to a GPU.
@@ -169,7 +172,8 @@ def loader(
 
     Raises:
         DataError: The source is empty, or its pictures do not have the transform's channels.
-        SettingError: ``batch_size`` or ``num_workers`` is outside its range, processes outnumber pictures, or
+        SettingError: ``batch_size``, ``num_workers`` or ``pass_workers`` is outside its range, processes outnumber
+            pictures, or
             ``balanced`` is asked for without ``train``.
         PictureError: While iterating, also from worker processes: a picture cannot be read and ``lost`` is ``None``, or
             no picture of a batch to train on can be read.
@@ -189,6 +193,7 @@ def loader(
     """
     check_whole_number("batch_size", batch_size, at_least=1, at_most=MOST_PER_BATCH)
     check_whole_number("num_workers", num_workers, at_least=0, at_most=MOST_WORKERS)
+    check_whole_number("pass_workers", pass_workers, at_least=0, at_most=MOST_WORKERS, or_none=True)
     if len(source) == 0:
         raise DataError("there are no pictures to load; give a source with at least one")
     if balanced and not train:
@@ -207,6 +212,7 @@ def loader(
         lost=lost,
         batch_size=batch_size,
         num_workers=num_workers,
+        pass_workers=pass_workers,
         pin_memory=pin_memory,
         drop_last=train and len(sampler) > 1 and len(sampler) % batch_size == 1,
     )
@@ -219,6 +225,7 @@ def _batches(
     lost: dict[str, str] | None,
     batch_size: int,
     num_workers: int,
+    pass_workers: int | None = None,
     pin_memory: bool = False,
     drop_last: bool = False,
 ) -> Batches:
@@ -228,6 +235,7 @@ def _batches(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        pass_workers=pass_workers,
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
@@ -275,16 +283,26 @@ class Batches(DataLoader[Any]):
     Args:
         pictures: What the batches are made of.
         lost: As for :func:`loader`.
+        pass_workers: As for :func:`loader`.
         **options: As for ``DataLoader``.
 
     Attributes:
         lost: The files that were left out since they cannot be read any more, with the cause, or ``None``.
         lost_rows: Their indices.
+        pass_workers: Processes that read for :meth:`ordered` batches.
     """
 
-    def __init__(self, pictures: TransformedDataset, *, lost: dict[str, str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        pictures: TransformedDataset,
+        *,
+        lost: dict[str, str] | None = None,
+        pass_workers: int | None = None,
+        **options: Any,
+    ) -> None:
         """Set the loader up; nothing is read."""
         super().__init__(pictures, collate_fn=_collated, **options)
+        self.pass_workers = self.num_workers if pass_workers is None else pass_workers
         self.lost = lost
         self.lost_rows: set[int] = set()
 
@@ -325,7 +343,7 @@ class Batches(DataLoader[Any]):
         sampler = EpochSampler(len(ours), seed=ours.seed, shuffle=False, rank=order.rank, world_size=order.world_size)
         sampler.set_epoch(epoch or 0)
         size = cast(int, self.batch_size)
-        return _batches(pictures, sampler, lost=self.lost, batch_size=size, num_workers=self.num_workers)
+        return _batches(pictures, sampler, lost=self.lost, batch_size=size, num_workers=self.pass_workers)
 
     def with_rows(self) -> Iterator[tuple[list[int], Any]]:
         """Go through the batches, each with the indices of its pictures; for one pass that has each picture once."""

@@ -33,7 +33,7 @@ from transferkit.check import same_files
 from transferkit.checkpoint import HISTORY
 from transferkit.create import adapt, create_model
 from transferkit.data import from_datasets, image_folder
-from transferkit.devices import is_main_process, processes_per_machine
+from transferkit.devices import is_main_process, processes_per_machine, usable_cores
 from transferkit.exceptions import DataError, OutputError, SettingError, TransferkitError
 from transferkit.identity import run_identity
 from transferkit.loading import Batches, in_channels, loader
@@ -184,6 +184,8 @@ def make_loader(
 
     ``lost`` is where files are noted that go bad while it is used, as for :func:`loader`.
     """
+    workers = workers_for(settings, len(source))
+    busy = settings.num_workers is None and device is not None and device.type == "cpu"
     batches = loader(
         in_channels(source, channels),
         transform,
@@ -191,7 +193,8 @@ def make_loader(
         seed=settings.seed,
         train=train,
         balanced=train and settings.balanced,
-        num_workers=workers_for(settings, len(source)),
+        num_workers=max(0, workers - 1) if busy else workers,  # what trains there has no core to spare
+        pass_workers=workers,
         rank=rank,
         world_size=world_size,
         pin_memory=device is not None and device.type == "cuda",
@@ -233,7 +236,7 @@ def _is_resident(settings: Settings, batches: Batches, device: torch.device) -> 
 
 def workers_for(settings: Settings, count: int) -> int:
     """Say how many processes read so many pictures: one per core that this one does not use, if they have enough."""
-    spare = (os.cpu_count() or 1) // processes_per_machine() - 1
+    spare = usable_cores() // processes_per_machine() - 1
     workers = max(0, min(8, spare)) if settings.num_workers is None else settings.num_workers
     return min(workers, count // settings.batch_size)
 
