@@ -211,6 +211,22 @@ class Unsteady(ByBatch):
         return super().forward(images) + 1e5 - 1e5
 
 
+class Windows(Small):
+    """Attends within windows, in five dimensions, as timm writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused_attn = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).unflatten(2, (2, 2, -1)).transpose(1, 4)[:, :8]  # (B, 8, 2, 2, C)
+        if self.fused_attn:
+            seen = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        else:
+            seen = (tokens @ tokens.mT / tokens.shape[-1] ** 0.5).softmax(-1) @ tokens
+        return self.fc(seen.mean((1, 2, 3)))
+
+
 class Decides(Small):
     """Looks at values to know what to do."""
 
@@ -254,6 +270,11 @@ def test_a_file_that_does_not_open_is_told_by_the_name_it_would_have_had(
     monkeypatch.setattr(export, "onnx_session", broken)
     with pytest.raises(ExportError, match=r"to \.onnx: RuntimeError: Load model from network\.onnx failed$"):
         export_onnx(adapted(Small()), tmp_path / "network.onnx")
+
+
+@pytest.mark.long
+def test_attention_in_windows_goes_into_onnx_though_the_fused_one_does_not(tmp_path: Path) -> None:
+    assert export_onnx(adapted(Windows()), tmp_path / "network.onnx").difference < 1e-6
 
 
 def test_a_network_that_rounding_alone_moves_is_told_apart(tmp_path: Path) -> None:

@@ -110,7 +110,15 @@ def export_onnx(
         )
 
     def write(network: nn.Module, example: Tensor, file: Path) -> None:
-        program = onnx_program(network, example, outputs=["logits"], opset=opset)
+        def translated() -> Any:
+            return onnx_program(network, example, outputs=["logits"], opset=opset)
+
+        try:
+            program = translated()
+        except Exception:  # torch's fused attention has no translation for windows, which come in a fifth dimension
+            if not _spell_attention_out(network):
+                raise
+            program = translated()
         made = program.model.opset_imports.get("")
         if opset not in (None, made):
             raise ExportError(f"opset={opset} was asked of torch's ONNX exporter, which can do {made}; leave it out")
@@ -392,6 +400,14 @@ def _export(
                 )
             difference = max(difference, share)
     return Export(path, difference)
+
+
+def _spell_attention_out(network: nn.Module) -> bool:
+    """Switch timm's attention to its own products and softmax; whether there was any to switch."""
+    fused = [each for each in network.modules() if getattr(each, "fused_attn", False)]
+    for each in fused:
+        vars(each)["fused_attn"] = False
+    return bool(fused)
 
 
 def _difference(given: Tensor, expected: Tensor) -> float:
