@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from PIL import Image
 
@@ -35,6 +35,7 @@ from transferkit.plots import (
     plot_tradeoff,
     save_figure,
 )
+from transferkit.plots._style import _notice_new_fonts, legible
 
 GREEN, RED, NEUTRAL = "#009e73", "#d55e00", "#262626"
 
@@ -194,6 +195,17 @@ def test_letters_that_another_installed_font_has_are_drawn_with_it() -> None:
     title = plot_samples([picture()], [f"a{letter}b"]).axes[0].title
     assert title.get_text() == f"a{letter}b"
     assert len(title.get_fontfamily()) > 1
+
+
+def test_a_font_that_was_installed_after_matplotlib_listed_the_fonts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    main, late = (get_font(findfont(FontProperties(family=[name]))) for name in ("DejaVu Sans", "DejaVu Sans Mono"))
+    letter = chr(min(set(late.get_charmap()) - set(main.get_charmap())))
+    monkeypatch.setattr(fontManager, "ttflist", [each for each in fontManager.ttflist if each.name == "DejaVu Sans"])
+    for installed, drawn in ([], "□"), ([late.fname, __file__], letter):
+        monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda found=installed: found)
+        _notice_new_fonts.cache_clear()
+        assert legible([letter])[0] == [drawn]
+    _notice_new_fonts.cache_clear()
 
 
 def test_letters_no_font_has_become_boxes_and_the_log_names_them_once(caplog: pytest.LogCaptureFixture) -> None:

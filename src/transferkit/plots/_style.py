@@ -6,6 +6,7 @@ import logging
 import math
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
@@ -259,10 +260,22 @@ def legible(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         The texts to draw and the font families to draw them with.
     """
-    from matplotlib.font_manager import FontProperties, findfont, fontManager
+    from matplotlib.font_manager import FontProperties, findfont
 
     missing = set("".join(texts)) - {"\n"} - _letters_of(findfont(FontProperties(family=[_FONT])))
-    families = [_FONT]
+    families = [_FONT, *_families_with(missing)]
+    if missing and _notice_new_fonts():
+        families += _families_with(missing)
+    if missing:
+        _tell("".join(sorted(missing)))
+    return ["".join("□" if letter in missing else letter for letter in text) for text in texts], families
+
+
+def _families_with(missing: set[str]) -> list[str]:
+    """Return families that have the letters, which are taken out of ``missing``."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    families = []
     for entry in sorted(fontManager.ttflist, key=lambda entry: str(entry.name)):
         # a "last resort" font claims all letters and draws placeholders
         if not missing or "lastresort" in entry.name.replace(" ", "").lower():
@@ -272,9 +285,20 @@ def legible(texts: Sequence[str]) -> tuple[list[str], list[str]]:
             found = missing & _letters_of(findfont(FontProperties(family=[entry.name])))
             families += [entry.name] if found else []
             missing -= found
-    if missing:
-        _tell("".join(sorted(missing)))
-    return ["".join("□" if letter in missing else letter for letter in text) for text in texts], families
+    return families
+
+
+@cache
+def _notice_new_fonts() -> bool:
+    """Tell matplotlib of fonts that were installed after it listed them; whether there are any. Once per process."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    known = {entry.fname for entry in fontManager.ttflist}
+    new = sorted(set(findSystemFonts()) - known)
+    for file in new:
+        with suppress(OSError, RuntimeError, ValueError):  # a damaged font file is as good as none
+            fontManager.addfont(file)
+    return bool(new)
 
 
 @cache
