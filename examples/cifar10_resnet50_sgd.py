@@ -2,9 +2,9 @@
 
     python examples/cifar10_resnet50_sgd.py --data data/cifar10
 
-Measured: with MobileNetV2 and its ImageNet weights in place of ResNet-50, 64 px, the first 100 training and test
-pictures of each class as JPEG files, 5 epochs, one seed: val_accuracy 0.589 in the best epoch, the last, and still
-rising; 5 minutes on one thread of a busy machine.
+Measured: with MobileNetV2 and its ImageNet weights in place of ResNet-50, 64 px, 25,000 training and 10,000 test
+pictures as JPEG files, 5 epochs, one seed: val_accuracy 0.821 in the best epoch, the last, and still rising; 3 to 4
+minutes per epoch on one thread of a busy machine.
 """
 
 from __future__ import annotations
