@@ -4,10 +4,9 @@ SGD at 0.001 with momentum 0.9, a tenth of that rate after every 7 epochs, and t
 
     python examples/ants_bees_finetune.py --data data/hymenoptera_data
 
-Measured: with MobileNetV2 and its ImageNet weights in place of ResNet-18, 128 px, 9 epochs, one seed: val_accuracy
-0.895 in the best epoch (the 3rd), 0.876 in the last, and 0.79 to 0.88 in between (153 validation pictures); 2.9
-minutes on one thread of a busy machine. A rate of 0.001 is violent for these weights; the same loop in plain torch
-swings as much.
+Measured: with MobileNetV2 and its ImageNet weights in place of ResNet-18, 224 px, 25 epochs, one seed: val_accuracy
+0.941 in the best epoch (the 4th), 0.928 in the last, and 0.895 to 0.941 in between (153 validation pictures); 5.4
+minutes on two cores. A rate of 0.001 is violent for these weights; the same loop in plain torch swings as much.
 """
 
 from __future__ import annotations
