@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from transferkit.artifact_config import FORMAT, ArtifactConfig, sealed
-from transferkit.exceptions import ArtifactError, OutputError
+from transferkit.exceptions import ArtifactError, OutputError, one_line
 from transferkit.model import TransferModel
-from transferkit.plain_files import check_plain, check_safetensors, one_line, read_json
+from transferkit.plain_files import check_plain, check_safetensors, read_json
 from transferkit.rebuilding import build_model, build_native, check_fit, difference, not_rebuilt, unfit
 
 __all__ = [

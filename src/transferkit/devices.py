@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, patch_environment
 from torch import nn
 
-from transferkit.exceptions import SettingError
+from transferkit.exceptions import SettingError, one_line
 from transferkit.model import TransferModel
 
 __all__ = [
@@ -183,5 +183,4 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda number: number + 1)(torch.zeros(1, device=device))
     except Exception as error:  # torch has an error of its own for each thing that can be missing
-        sentence = " ".join(str(error).split())[:300]
-        raise SettingError(f"torch cannot compile on {device} ({sentence}); leave out torch_compile") from error
+        raise SettingError(f"torch cannot compile on {device} ({one_line(error)}); leave out torch_compile") from error

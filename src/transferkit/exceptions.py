@@ -19,6 +19,7 @@ __all__ = [
     "UnknownStageError",
     "WeightsError",
     "closest",
+    "one_line",
 ]
 
 
@@ -90,3 +91,18 @@ def closest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" — did you mean {' or '.join(repr(each) for each in near)}?" if near else ""
+
+
+def one_line(text: object, *, longest: int = 300) -> str:
+    """Return a text as it may stand in a message: on one line, cut, and without a terminal's control characters.
+
+    Args:
+        text: An exception, or anything else with a ``str``.
+        longest: Characters that remain at most.
+
+    Example:
+        >>> one_line("first\\n  second \\x1b[31m")
+        'first second \N{REPLACEMENT CHARACTER}[31m'
+    """
+    words = " ".join(str(text).split())[:longest]
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in words)

@@ -26,9 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from transferkit.exceptions import ExportError, OutputError, SettingError, TransferkitError
+from transferkit.exceptions import ExportError, OutputError, SettingError, TransferkitError, one_line
 from transferkit.model import TransferModel
-from transferkit.plain_files import one_line
 from transferkit.randomness import keeps_generators
 from transferkit.transforms import eval_transform
 

@@ -12,11 +12,10 @@ from typing import Any
 from transferkit.artifact_config import sealed
 from transferkit.calibration import wilson_interval
 from transferkit.checkpoint import CONFIG, HISTORY, WEIGHTS, read_config, read_weights, save_artifact
-from transferkit.exceptions import ArtifactError, ExportError, OutputError, SettingError
+from transferkit.exceptions import ArtifactError, ExportError, OutputError, SettingError, one_line
 from transferkit.export import whole_files
 from transferkit.history import History
 from transferkit.model import TransferModel
-from transferkit.plain_files import one_line
 
 __all__ = ["CARD", "export_hub", "model_card", "push_to_hub"]
 

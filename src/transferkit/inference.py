@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from transferkit.exceptions import SettingError
+from transferkit.exceptions import SettingError, one_line
 from transferkit.export import frozen_copy, onnx_program, onnx_session
 from transferkit.folding import fold_norms, pack_convolutions, part_wide_modules
 from transferkit.randomness import keeps_generators
@@ -271,8 +271,7 @@ def _checked(engine: str, network: nn.Module, images: Tensor, expected: Any) -> 
             _joined([forward(each) for each in torch.split(images, 1)]), expected
         )
     except Exception as error:
-        sentence = " ".join(str(error).split())[:300]
-        raise SettingError(f"engine={engine!r} cannot compute this network ({sentence}); use 'eager'") from error
+        raise SettingError(f"engine={engine!r} cannot compute this network ({one_line(error)}); use 'eager'") from error
     if not agrees:
         raise SettingError(f"engine={engine!r} gives other numbers than torch for this network; use 'eager'")
     return forward

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LARGEST_HEADER", "check_plain", "check_safetensors", "one_line", "read_json"]
+__all__ = ["LARGEST_HEADER", "check_plain", "check_safetensors", "read_json"]
 
 LARGEST_HEADER = 16 * 2**20
 """Bytes that the header of a safetensors file may take; 100,000 tensors fit."""
@@ -65,18 +65,3 @@ def check_safetensors(file: Path) -> None:
         length = int.from_bytes(opened.read(8), "little")
     if length > LARGEST_HEADER:
         raise ValueError(f"its header claims {length:,} bytes, {LARGEST_HEADER:,} at most")
-
-
-def one_line(text: object, *, longest: int = 300) -> str:
-    """Return a text as it may stand in a message: on one line, cut, and without a terminal's control characters.
-
-    Args:
-        text: An exception, or anything else with a ``str``.
-        longest: Characters that remain at most.
-
-    Example:
-        >>> one_line("first\\n  second \\x1b[31m")
-        'first second \N{REPLACEMENT CHARACTER}[31m'
-    """
-    words = " ".join(str(text).split())[:longest]
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in words)

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from transferkit.artifact_config import ArtifactConfig
 from transferkit.backbones import Backbone, build_network, change_channels, change_stem, model_info
-from transferkit.exceptions import ArtifactError, TransferkitError
+from transferkit.exceptions import ArtifactError, TransferkitError, one_line
 from transferkit.heads import Head, build_head, head_inputs, replace_module
 from transferkit.model import TransferModel
-from transferkit.plain_files import one_line
 from transferkit.transforms import eval_transform
 
 __all__ = ["build_model", "build_native", "check_fit", "difference", "not_rebuilt", "unfit"]

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from transferkit.exceptions import ArtifactError, OutputError, SettingError, TransferkitError
-from transferkit.plain_files import check_plain, check_safetensors, one_line, read_json
+from transferkit.exceptions import ArtifactError, OutputError, SettingError, TransferkitError, one_line
+from transferkit.plain_files import check_plain, check_safetensors, read_json
 
 __all__ = ["ResumeStore", "check_fields", "refuses_odd_content"]
 

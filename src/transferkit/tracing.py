@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from transferkit.exceptions import SplitError
+from transferkit.exceptions import SplitError, one_line
 from transferkit.model import TransferModel
 
 __all__ = ["Host", "Program", "as_function", "cannot", "held", "in_words", "needed", "nodes_in", "run", "trace"]
@@ -223,7 +223,7 @@ def cannot(model: TransferModel, reason: str) -> SplitError:
 
 def in_words(error: Exception) -> str:
     """Return an error's first sentence."""
-    return " ".join(str(error).split()).partition(". ")[0].rstrip(".")[:150] or type(error).__name__
+    return one_line(error).partition(". ")[0].rstrip(".")[:150] or type(error).__name__
 
 
 class _Whole(nn.Module):

@@ -32,7 +32,7 @@ from transferkit.distribution import (
     synchronised_norms,
 )
 from transferkit.evaluation import collect_logits, keeps_mode
-from transferkit.exceptions import ArtifactError, CallbackError, DataError, SettingError, TransferkitError
+from transferkit.exceptions import ArtifactError, CallbackError, DataError, SettingError, TransferkitError, one_line
 from transferkit.freezing import FreezePolicy, FullFinetune
 from transferkit.gradients import FiniteCheck, Gradients
 from transferkit.history import EpochRecord, History
@@ -41,7 +41,6 @@ from transferkit.interrupts import Interrupted, Interrupts
 from transferkit.metrics import Evaluation, evaluate_logits
 from transferkit.model import TransferModel
 from transferkit.optim import unassigned_parameters
-from transferkit.plain_files import one_line
 from transferkit.randomness import keeps_generators, seed_generators
 from transferkit.ranges import MOST_EPOCHS, MOST_PER_BATCH, check_number, check_seed, check_whole_number
 from transferkit.resume import refuses_odd_content
@@ -278,9 +277,8 @@ class Trainer:
                     self._begin_epoch()  # what was broken off within a step begins again with its epoch
                 self._tell_of(error)
                 if self.torch_compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                    sentence = " ".join(str(error).split())[:300]
                     raise SettingError(
-                        f"torch cannot compile {self.model.name} ({sentence}); leave out torch_compile"
+                        f"torch cannot compile {self.model.name} ({one_line(error)}); leave out torch_compile"
                     ) from error
                 raise
             finally:

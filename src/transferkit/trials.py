@@ -22,7 +22,7 @@ from torch import nn
 from transferkit.allocator import tune_allocator
 from transferkit.backbone_facts import BackboneFacts, look_at, peak_memory
 from transferkit.devices import choose_device
-from transferkit.exceptions import SettingError, TransferkitError
+from transferkit.exceptions import SettingError, TransferkitError, one_line
 from transferkit.finetuner import Finetuner
 from transferkit.freezing import FreezePolicy
 from transferkit.interrupts import EXIT_CODE
@@ -224,7 +224,7 @@ def _told(job: Job, *, alone: bool) -> Iterator[Trial | str]:
 
 
 def _in_a_sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    return one_line(f"{type(error).__name__}: {error}").rstrip(": ")
 
 
 def _trials(job: Job, *, alone: bool) -> Iterator[Trial]:

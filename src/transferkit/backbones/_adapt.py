@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from transferkit.backbones import _timm, _torchvision
 from transferkit.backbones._base import Backbone
 from transferkit.backbones._channels import input_convolutions
 from transferkit.backbones._stages import run_twin
-from transferkit.exceptions import SettingError
+from transferkit.exceptions import SettingError, one_line
 from transferkit.preprocessing import Preprocessing
 
 __all__ = ["adapt_module"]
@@ -97,8 +96,9 @@ def _last_to_give_logits(network: nn.Module, preprocessing: Preprocessing) -> st
     output, reason = run_twin(network, watch, channels=len(preprocessing.mean), size=size)
     if reason is not None:
         raise SettingError(
-            f"the head of {name} could not be found by running a made {size}-px picture ({_one_line(reason)}); name "
-            "its classification layer with head=, or the pictures it takes with preprocessing=Preprocessing(size=…)"
+            f"the head of {name} could not be found by running a made {size}-px picture "
+            f"({one_line(reason, longest=200)}); name its classification layer with head=, or the pictures it takes with "
+            "preprocessing=Preprocessing(size=…)"
         )
     logits = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), torch.empty(0))
     width = logits.shape[1] if logits.ndim > 1 else 0
@@ -113,7 +113,3 @@ def _last_to_give_logits(network: nn.Module, preprocessing: Preprocessing) -> st
 
 def _outputs(layer: nn.Linear | nn.Conv2d) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())[:200]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from transferkit.exceptions import SettingError
+from transferkit.exceptions import SettingError, one_line
 
 __all__ = ["StageNames", "run_twin", "split_into_stages"]
 
@@ -293,7 +293,7 @@ def run_twin(
 
 
 def _in_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, longest=200) or type(error).__name__
 
 
 def _twin(network: nn.Module, device: str) -> nn.Module:

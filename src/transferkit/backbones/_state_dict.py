@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from transferkit.backbones._torch_file import check_torch_file
-from transferkit.exceptions import WeightsError
-from transferkit.plain_files import check_safetensors, one_line
+from transferkit.exceptions import WeightsError, one_line
+from transferkit.plain_files import check_safetensors
 
 __all__ = ["UNREADABLE", "StateDict", "read_state_dict"]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from transferkit.exceptions import CallbackError, TransferkitError, closest
+from transferkit.exceptions import CallbackError, TransferkitError, closest, one_line
 
 if TYPE_CHECKING:
     from transferkit.trainer import Trainer
@@ -142,7 +142,7 @@ def call(callbacks: Iterable[Callback], hook: str, trainer: Trainer) -> None:
 
 
 def _failure(callback: Callback, method: str, error: Exception) -> CallbackError:
-    said = " ".join(str(error).split())[:300]
+    said = one_line(error)
     failure = CallbackError(
         f"{type(callback).__name__}.{method} has failed ({type(error).__name__}{': ' if said else ''}{said})"
     )
