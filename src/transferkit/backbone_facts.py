@@ -22,7 +22,7 @@ from transferkit.exceptions import WeightsError
 from transferkit.finetuner import Finetuner
 from transferkit.freezing import LinearProbe
 from transferkit.model import TransferModel
-from transferkit.pieces import build_model, make_activations, make_loader
+from transferkit.pieces import build_model, make_loader
 from transferkit.sources import PictureData
 from transferkit.transforms import eval_transform
 
@@ -109,7 +109,7 @@ def look_at(tuner: Finetuner, data: PictureData) -> Look:
         )
         for source in (data.train, data.val)
     )
-    activations = make_activations(tuner)
+    activations = tuner.activation_cache
     done: list[float] = []
     phase = activations.phase(
         model,

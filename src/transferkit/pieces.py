@@ -16,7 +16,6 @@ from PIL import Image
 from rich.filesize import decimal
 from torch import Tensor, nn
 
-from transferkit.activations import ActivationCache
 from transferkit.bad_pictures import facts_of, readable_data
 from transferkit.callbacks import (
     EMA,
@@ -57,7 +56,6 @@ __all__ = [
     "drawn_pictures",
     "identity_of",
     "keep_best",
-    "make_activations",
     "make_callbacks",
     "make_loader",
     "make_loaders",
@@ -184,8 +182,7 @@ def make_loader(
 
     ``lost`` is where files are noted that go bad while it is used, as for :func:`loader`.
     """
-    workers = workers_for(settings, len(source))
-    busy = settings.num_workers is None and device is not None and device.type == "cpu"
+    trains_here = device is not None and device.type == "cpu"
     batches = loader(
         in_channels(source, channels),
         transform,
@@ -193,8 +190,8 @@ def make_loader(
         seed=settings.seed,
         train=train,
         balanced=train and settings.balanced,
-        num_workers=max(0, workers - 1) if busy else workers,  # what trains there has no core to spare
-        pass_workers=workers,
+        num_workers=workers_for(settings, len(source), busy=2 if trains_here else 1),
+        pass_workers=workers_for(settings, len(source)),
         rank=rank,
         world_size=world_size,
         pin_memory=device is not None and device.type == "cuda",
@@ -234,18 +231,15 @@ def _is_resident(settings: Settings, batches: Batches, device: torch.device) -> 
     return resident_bytes(batches) <= free // 4
 
 
-def workers_for(settings: Settings, count: int) -> int:
-    """Say how many processes read so many pictures: one per core that this one does not use, if they have enough."""
-    spare = usable_cores() // processes_per_machine() - 1
+def workers_for(settings: Settings, count: int, *, busy: int = 1) -> int:
+    """Say how many processes read so many pictures, if they have enough.
+
+    It is one per core that this process leaves free, where ``busy`` of its share are not: one that trains on the CPU
+    leaves one less than one that looks at each picture once.
+    """
+    spare = usable_cores() // processes_per_machine() - busy
     workers = max(0, min(8, spare)) if settings.num_workers is None else settings.num_workers
     return min(workers, count // settings.batch_size)
-
-
-def make_activations(settings: Settings) -> ActivationCache:
-    """Return what keeps activations."""
-    return ActivationCache(
-        views=settings.views, budget=settings.cache_budget, directory=settings.cache_dir, dtype=settings.cache_dtype
-    )
 
 
 def make_optimizer(settings: Settings, model: TransferModel) -> torch.optim.Optimizer:
@@ -282,7 +276,7 @@ def make_trainer(
         precision=settings.precision,
         shard=settings.shard,
         sync_batch_norm=settings.sync_batch_norm,
-        activations=make_activations(settings),
+        activations=settings.activation_cache,
         engine=settings.engine,
         torch_compile=settings.torch_compile,
     )

@@ -129,6 +129,13 @@ class Settings:
             label_smoothing=self.label_smoothing,
         )
 
+    @property
+    def activation_cache(self) -> ActivationCache:
+        """What keeps activations, as far as the settings say."""
+        return ActivationCache(
+            views=self.views, budget=self.cache_budget, directory=self.cache_dir, dtype=self.cache_dtype
+        )
+
     def settings(self) -> dict[str, Any]:
         """Return the settings that were given, as JSON values; objects are named in words."""
         plain = (str, int, float, bool, type(None))
@@ -200,9 +207,7 @@ def _check_numbers(settings: Settings) -> None:
     check_number("val_fraction", settings.val_fraction, above=0, below=1)
     check_whole_number("checkpoint_every", settings.checkpoint_every, at_least=1, or_none=True)
     check_number("checkpoint_interval", settings.checkpoint_interval, at_least=0)
-    ActivationCache(
-        views=settings.views, budget=settings.cache_budget, directory=settings.cache_dir, dtype=settings.cache_dtype
-    )
+    _ = settings.activation_cache  # which has ranges of its own
     check_whole_number("num_workers", settings.num_workers, at_least=0, at_most=MOST_WORKERS, or_none=True)
 
 

@@ -97,8 +97,8 @@ def _last_to_give_logits(network: nn.Module, preprocessing: Preprocessing) -> st
     if reason is not None:
         raise SettingError(
             f"the head of {name} could not be found by running a made {size}-px picture "
-            f"({one_line(reason, longest=200)}); name its classification layer with head=, or the pictures it takes with "
-            "preprocessing=Preprocessing(size=…)"
+            f"({one_line(reason, longest=200)}); name its classification layer with head=, or the pictures it takes "
+            "with preprocessing=Preprocessing(size=…)"
         )
     logits = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), torch.empty(0))
     width = logits.shape[1] if logits.ndim > 1 else 0
