@@ -145,7 +145,7 @@ def test_the_card_tells_classes_data_figures_and_recipe_of_the_run(folder: Path,
     best = json.loads((run / "config.json").read_text(encoding="utf-8"))["run"]["best"]
     assert section(folder, "Classes").splitlines()[1:4] == [
         "| logit | class | training pictures | validation pictures |",
-        "|---|---|---|---|",
+        "| --- | --- | --- | --- |",
         "| 0 | blue | 12 | 6 |",
     ]
     assert "Trained on 36 pictures; 18 others were held out" in section(folder, "Data")

@@ -16,6 +16,7 @@ from transferkit.exceptions import ArtifactError, ExportError, OutputError, Sett
 from transferkit.export import whole_files
 from transferkit.history import History
 from transferkit.model import TransferModel
+from transferkit.pages import markdown_table
 
 __all__ = ["CARD", "export_hub", "model_card", "push_to_hub"]
 
@@ -239,18 +240,11 @@ def _origin(weights: str | None) -> tuple[str | None, str | None]:
     return getattr(stated, "hf_hub_id", None), getattr(stated, "license", None)
 
 
-def _table(rows: Sequence[Sequence[object]]) -> list[str]:
-    """Write rows as a Markdown table; the first one is its head."""
-    cells = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-
-
 def _classes(names: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     titles = {"train": "training pictures", "val": "validation pictures"}
     rows: list[list[object]] = [["logit", "class", *(titles.get(part, part) for part in counts)]]
     rows += [[index, name, *(part.get(name, 0) for part in counts.values())] for index, name in enumerate(names)]
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _data(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -273,7 +267,7 @@ def _figures(best: Mapping[str, Any] | None, history: History, count: int) -> li
         names,
         *([each.epoch, *(f"{getattr(each, name):.4f}" for name in names[1:])] for each in history),
     ]
-    return [f"On the validation pictures: {measured}.", *(["", *_table(rows)] if len(history) else [])]
+    return [f"On the validation pictures: {measured}.", *(["", *markdown_table(rows)] if len(history) else [])]
 
 
 def _recipe(own: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
@@ -288,7 +282,7 @@ def _recipe(own: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     ]
     if "seconds" in run:
         rows.append(["time", f"{run['seconds']:.0f} s"])
-    return _table([*rows, *environment.items()])
+    return markdown_table([*rows, *environment.items()])
 
 
 def _preprocessing(own: Mapping[str, Any]) -> list[str]:

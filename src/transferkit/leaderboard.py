@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.filesize import decimal
 
 from transferkit.exceptions import OutputError, SettingError
+from transferkit.pages import in_markdown, markdown_table, render_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,10 +178,9 @@ class Leaderboard:
 
     def to_markdown(self) -> str:
         """Return the table and its notes as Markdown."""
-        head, *rows = [[_in_markdown(cell) for cell in row] for row in self.table()]
-        rule = ["---" if _is_text(column) else "---:" for column in self._columns()]
-        lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
-        return "\n".join([*lines, "", *(f"- {_in_markdown(note)}" for note in self.notes())]) + "\n"
+        numbers = [place for place, column in enumerate(self._columns()) if not _is_text(column)]
+        lines = markdown_table(self.table(), numbers=numbers)
+        return "\n".join([*lines, "", *(f"- {in_markdown(note)}" for note in self.notes())]) + "\n"
 
     def plot(self, *, dark: bool = False) -> Figure:
         """Draw accuracy against what a picture costs, a point per backbone.
@@ -241,8 +241,6 @@ class Leaderboard:
         return text.getvalue()
 
     def _html(self, plots: Mapping[str, bytes]) -> str:
-        from transferkit.pages import render_page
-
         columns = self._columns()
         rows = [[(each.text(row), each.value(row), _is_text(each)) for each in columns] for row in self.rows]
         return render_page(
@@ -303,10 +301,6 @@ _COLUMNS = (
 
 def _is_text(column: _Column) -> bool:
     return column.title in ("backbone", "licence of weights")
-
-
-def _in_markdown(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _in_words(value: Any) -> str:
