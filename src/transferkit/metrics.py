@@ -14,7 +14,7 @@ from transferkit.calibration import confidences_of, expected_calibration_error, 
 from transferkit.exceptions import DataError
 from transferkit.ranges import check_whole_number
 
-__all__ = ["Evaluation", "evaluate_logits", "topk"]
+__all__ = ["Evaluation", "evaluate_logits", "per_class", "topk"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,6 @@ def evaluate_logits(
     Raises:
         DataError: There is no picture.
 
-    Source: the definitions of scikit-learn's ``precision_recall_fscore_support``; importing it takes a second.
-
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
         >>> result = evaluate_logits(logits, torch.tensor([0, 1, 1]), ["a", "b"])
@@ -74,26 +72,46 @@ def evaluate_logits(
     """
     if len(labels) == 0:
         raise DataError("there are no pictures to evaluate")
-    predicted, classes = logits.argmax(1), len(class_names)
+    predicted = logits.argmax(1)
     is_right = predicted == labels
     there, said, right = (
-        torch.bincount(each, minlength=classes).double() for each in (labels, predicted, labels[is_right])
+        torch.bincount(each, minlength=len(class_names)) for each in (labels, predicted, labels[is_right])
     )
-    figures = {"precision": right / said, "recall": right / there, "f1": 2 * right / (said + there)}
     return Evaluation(
         accuracy=is_right.double().mean().item(),
         accuracy_interval=wilson_interval(int(is_right.sum()), len(labels)),
         loss=F.cross_entropy(logits.double(), labels).item(),
         ece=expected_calibration_error(*confidences_of(logits, labels, temperature=temperature)),
         count=len(labels),
-        per_class={
-            name: {
-                **{figure: float(values[index].nan_to_num(0.0)) for figure, values in figures.items()},
-                "count": int(there[index]),
-            }
-            for index, name in enumerate(class_names)
-        },
+        per_class=per_class(class_names, there=there, said=said, right=right),
     )
+
+
+def per_class(class_names: Sequence[str], *, there: Tensor, said: Tensor, right: Tensor) -> dict[str, dict[str, float]]:
+    """Return ``precision``, ``recall``, ``f1`` (0 to 1; 0 where undefined) and ``count`` by class name.
+
+    Args:
+        class_names: One name per class.
+        there: (num_classes,) int, pictures of each class.
+        said: (num_classes,) int, pictures that were taken for each class.
+        right: (num_classes,) int, those of them that are of that class.
+
+    Source: the definitions of scikit-learn's ``precision_recall_fscore_support``; importing it takes a second.
+
+    Example:
+        >>> there, said, right = torch.tensor([[1, 2], [2, 1], [1, 1]])
+        >>> per_class(["a", "b"], there=there, said=said, right=right)["b"]["recall"]
+        0.5
+    """
+    there, said, right = there.double(), said.double(), right.double()
+    figures = {"precision": right / said, "recall": right / there, "f1": 2 * right / (said + there)}
+    return {
+        name: {
+            **{figure: float(values[index].nan_to_num(0.0)) for figure, values in figures.items()},
+            "count": int(there[index]),
+        }
+        for index, name in enumerate(class_names)
+    }
 
 
 def topk(probabilities: Tensor, class_names: Sequence[str], k: int) -> list[tuple[str, float]]:

@@ -29,6 +29,7 @@ from transferkit.exceptions import OutputError, PictureError, SettingError
 from transferkit.explain import heat_map
 from transferkit.history import History
 from transferkit.loading import loader
+from transferkit.metrics import per_class
 from transferkit.model import TransferModel
 from transferkit.pages import render_page
 from transferkit.pictures import read_picture
@@ -44,6 +45,7 @@ __all__ = ["REPORT", "write_report"]
 
 REPORT = "report.html"
 
+_FIGURES = ("precision", "recall", "f1")
 _MISTAKES = 8
 _DOTS = 96  # per inch, on a page
 _SMALL_MATRIX = 12  # classes whose confusion matrix is a table; more are drawn
@@ -238,19 +240,14 @@ def _judgements(judged: Sequence[Judgement], model: TransferModel, device: torch
 
 
 def _per_class(matrix: Tensor, class_names: Sequence[str]) -> _Table:
-    right, there, said = matrix.diagonal().double(), matrix.sum(1).double(), matrix.sum(0).double()
-    precision, recall = (right / said).nan_to_num(0.0), (right / there).nan_to_num(0.0)
-    f1 = (2 * right / (said + there)).nan_to_num(0.0)
+    found = per_class(class_names, there=matrix.sum(1), said=matrix.sum(0), right=matrix.diagonal())
     rows = [
         [
             _Cell(name),
-            _Cell(f"{int(there[index]):,}", float(there[index])),
-            *(
-                _Cell(f"{float(each[index]):.3f}", float(each[index]), round(float(each[index]), 3))
-                for each in (precision, recall, f1)
-            ),
+            _Cell(f"{figures['count']:,}", figures["count"]),
+            *(_Cell(f"{figures[key]:.3f}", figures[key], round(figures[key], 3)) for key in _FIGURES),
         ]
-        for index, name in enumerate(class_names)
+        for name, figures in found.items()
     ]
     caption = "Per class; a column's head sorts by it"
     return _Table(caption, ["class", "pictures", "precision", "recall", "F1"], rows, sortable=True)
