@@ -24,7 +24,7 @@ from transferkit.devices import choose_device
 from transferkit.exceptions import ArtifactError, OutputError, SettingError, closest
 from transferkit.finetuner import Data, Finetuner
 from transferkit.freezing import FreezePolicy
-from transferkit.identity import contents_of
+from transferkit.identity import contents_of, described
 from transferkit.interrupts import Interrupted
 from transferkit.leaderboard import Leaderboard, LeaderboardRow
 from transferkit.pieces import read_pictures
@@ -134,7 +134,10 @@ def compare(
         store = _Store(folder, resume=resume)
         pictures = read_pictures(Finetuner(**candidates[0].settings), data)
         facts = {**_identity(pictures), "policy": str(policy)} if folder is not None else {}
-        identities = {each.name: {**facts, **_described(each.settings)} for each in candidates}
+        identities = {
+            each.name: {**facts, **{name: described(value) for name, value in each.settings.items()}}
+            for each in candidates
+        }
         found = {each.name: store.load(each, wanted, identities[each.name]) for each in candidates}
         failures: dict[str, str] = {}
         about = _about(pictures, seeds=seeds, policy=policy, epochs=epochs, device=settings.get("device"))
@@ -333,11 +336,6 @@ def _identity(data: PictureData) -> dict[str, Any]:
 def _digest(source: LabelledPictures) -> str:
     """Return what tells pictures from others: the contents of files, else only number and labels."""
     return contents_of(source) or hashlib.sha256(str(source.labels()).encode()).hexdigest()
-
-
-def _described(settings: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (str, int, float, bool, type(None))
-    return {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}
 
 
 def _about(

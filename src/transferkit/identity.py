@@ -17,7 +17,7 @@ from transferkit.exceptions import ArtifactError, PictureError
 from transferkit.model import TransferModel
 from transferkit.sources import LabelledPictures, Picture, PictureData, PictureFiles
 
-__all__ = ["check_same_run", "contents_of", "run_identity"]
+__all__ = ["check_same_run", "contents_of", "described", "in_plain_values", "run_identity"]
 
 
 def run_identity(model: TransferModel, data: PictureData, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run_identity(model: TransferModel, data: PictureData, settings: Mapping[str,
         "validation pictures": len(data.val),
         "list of training pictures": _fingerprint(data.train),
         "list of validation pictures": _fingerprint(data.val),
-        **{name: _described(value) for name, value in settings.items()},
+        **{name: described(value) for name, value in settings.items()},
     }
 
 
@@ -128,7 +128,18 @@ def _lines(source: LabelledPictures) -> Iterable[str]:
     )
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
+    """Describe a setting by JSON values that are the same in another process.
+
+    Args:
+        value: Whatever a user has given.
+
+    Example:
+        >>> described((0.1, None, Path("bees.pth")))
+        [0.1, None, 'bees.pth']
+        >>> "0x" in described(object())
+        False
+    """
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, str | int | float | bool):
@@ -138,5 +149,20 @@ def _described(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return f"{type(value).__name__} {hashlib.sha256(str(value).encode()).hexdigest()[:16]}"
     if isinstance(value, list | tuple):
-        return [_described(each) for each in value]
+        return [described(each) for each in value]
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # where an object lies differs between processes
+
+
+def in_plain_values(settings: Mapping[str, Any], *, longest: int = 200) -> dict[str, str | int | float | bool | None]:
+    """Return settings as people read them: numbers and texts as they are, everything else in words.
+
+    Args:
+        settings: By name.
+        longest: Characters of such words at most.
+
+    Example:
+        >>> in_plain_values({"lr": 0.1, "sizes": (1, 2)})
+        {'lr': 0.1, 'sizes': '(1, 2)'}
+    """
+    plain = (str, int, float, bool, type(None))
+    return {name: value if isinstance(value, plain) else str(value)[:longest] for name, value in settings.items()}

@@ -16,6 +16,7 @@ from transferkit.create import agreed
 from transferkit.exceptions import SettingError
 from transferkit.freezing import FreezePolicy, FullFinetune, policy_from_text
 from transferkit.heads import Head
+from transferkit.identity import in_plain_values
 from transferkit.inference import check_engine
 from transferkit.optim import OptimizerFactory, check_rates, find_optimizer
 from transferkit.preprocessing import Preprocessing
@@ -138,13 +139,12 @@ class Settings:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that were given, as JSON values; objects are named in words."""
-        plain = (str, int, float, bool, type(None))
         given = {
             each.name: getattr(self, each.name)
             for each in fields(self)
             if each.init and each.name not in ("output_dir", "overwrite", "progress")
         }
-        return {name: value if isinstance(value, plain) else str(value)[:200] for name, value in given.items()}
+        return in_plain_values(given)
 
 
 def check_settings(settings: Settings) -> None:

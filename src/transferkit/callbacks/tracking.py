@@ -13,6 +13,7 @@ from transferkit.callbacks._base import Callback
 from transferkit.callbacks.checkpointing import BestCheckpoint
 from transferkit.callbacks.recording import stage_groups
 from transferkit.exceptions import SettingError, closest
+from transferkit.identity import in_plain_values
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Tracker"]
 
 _EXTRAS = ("mlflow", "tensorboard", "wandb")
-_LONGEST = 200  # characters of a hyperparameter; MLflow drops those beyond its limit
 
 
 class Tracker(Callback):
@@ -191,8 +191,7 @@ def _hyperparameters(trainer: Trainer) -> dict[str, str | int | float | bool | N
         "device": trainer.device,
         "processes": trainer.accelerator.num_processes,
     }
-    plain = (str, int, float, bool, type(None))
-    return {name: value if isinstance(value, plain) else str(value)[:_LONGEST] for name, value in facts.items()}
+    return in_plain_values(facts)  # MLflow drops what is much longer
 
 
 def _rates(trainer: Trainer) -> dict[str, float]:
