@@ -86,6 +86,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "export",
         "inference",
         "folding",
+        "watching",
+        "fusing",
         "allocator",
     ),
     (

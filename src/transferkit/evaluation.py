@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from transferkit.batches import Inputs, moved
 from transferkit.inference import fast_forward
+from transferkit.randomness import keeps_generators
 
-__all__ = ["collect_logits", "is_worth_preparing", "keeps_mode", "logits_by_batch"]
+__all__ = ["collect_logits", "is_worth_preparing", "keeps_mode", "logits_by_batch", "undisturbed"]
 
 _WORTH = 64 * 224 * 224  # pixels
 
@@ -30,6 +31,32 @@ def keeps_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode and not _is_frozen(module)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run a block without gradients, then put modes, buffers and random generators back.
+
+    Args:
+        module: Whatever the block runs, in whatever mode.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with undisturbed(norm):
+        ...     moved = norm(torch.rand(3, 2)).mean(), norm.running_mean.clone()
+        >>> torch.equal(moved[1], norm.running_mean), norm.running_mean
+        (False, tensor([0., 0.]))
+    """
+    modes = {each: each.training for each in module.modules()}
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with keeps_generators(), torch.no_grad():
+        try:
+            yield
+        finally:
+            for each, mode in modes.items():
+                each.training = mode
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transferkit.batches import Inputs, cut_up, moved
 from transferkit.distribution import whole
 from transferkit.exceptions import TransferkitError
+from transferkit.fusing import Fusion, find_fusions, fused
 from transferkit.model import TransferModel
 from transferkit.randomness import seed_generators
 
@@ -75,6 +76,16 @@ class Gradients:
         """Store the pieces."""
         self.model, self.loss_function, self.mix = model, loss_function, mix
         self.micro_batch: int | None = None
+        self._to_fuse: nn.Module | None = None
+        self._fusions: list[Fusion] = []
+
+    def fuse(self, module: nn.Module | None) -> None:
+        """Compute from the next batch on with the fusions (:func:`find_fusions`) of what is trained.
+
+        Args:
+            module: It, not wrapped; ``None`` for computing as it is.
+        """
+        self._to_fuse, self._fusions = module, []
 
     def begin(
         self, accelerator: Accelerator, wrapped: nn.Module, window: Window, *, seeds: Sequence[Sequence[int]]
@@ -124,9 +135,13 @@ class Gradients:
         size = self.micro_batch or len(labels)
         pieces = list(zip(cut_up(inputs, size), torch.split(targets, size), torch.split(labels, size), strict=True))
         sums = torch.zeros(2, device=accelerator.device)
+        if self._to_fuse is not None:
+            self._fusions = find_fusions(self._to_fuse, cut_up(inputs, 2)[0])
+            self._to_fuse = None
         for number, (some_inputs, some_targets, some_labels) in enumerate(pieces, 1):
             last = position + 1 == len(step.window) and number == len(pieces)
-            with _synchronised(accelerator, self.model.network, step.wrapped, last), accelerator.autocast():
+            synchronised = _synchronised(accelerator, self.model.network, step.wrapped, last)
+            with synchronised, accelerator.autocast(), fused(self._fusions):
                 loss = self.model.loss(step.wrapped(some_inputs), some_targets, self.loss_function)
                 part = self._weight_of(some_labels, accelerator.device)
                 # Gradients are averaged over the processes; the loss is a mean over the pictures in all of them.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from transferkit.cutting import Halves, cut_at_heads, cut_graph, made_images
+from transferkit.evaluation import undisturbed
 from transferkit.exceptions import SplitError
 from transferkit.model import TransferModel
-from transferkit.randomness import keeps_generators, seed_generators
+from transferkit.randomness import seed_generators
 from transferkit.tracing import Host, cannot, in_words
 
 __all__ = ["Prefix", "Split", "Suffix", "split"]
@@ -160,7 +160,7 @@ def split(model: TransferModel) -> Split:
         raise SplitError(f"{names[0]}, the first stage of {model.name}, trains, so there is nothing to run once")
     if leading == names:
         raise SplitError(f"every stage of {model.name} is frozen, so there is nothing to train on what they give")
-    with _undisturbed(model):
+    with undisturbed(model):
         if leading == names[:-1]:
             # What the heads receive can be had of any network, and soon; it is enough where nothing comes after them.
             try:
@@ -168,21 +168,6 @@ def split(model: TransferModel) -> Split:
             except SplitError:
                 pass
         return _checked(model, cut_graph(model, leading))
-
-
-@contextmanager
-def _undisturbed(model: TransferModel) -> Iterator[None]:
-    """Run a block without gradients, then put modes, statistics and random generators back."""
-    modes = {module: module.training for module in model.modules()}
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with keeps_generators(), torch.no_grad():
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for buffer, value in values:
-                buffer.copy_(value)
 
 
 def _checked(model: TransferModel, halves: Halves) -> Split:
@@ -193,11 +178,11 @@ def _checked(model: TransferModel, halves: Halves) -> Split:
     for training, order in ((False, [2, 0, 1]), (True, [0, 1])):
         images = made_images(model, len(order))
         model.train(training)
-        with _undisturbed(model):
+        with undisturbed(model):
             seed_generators(0)
             expected = model.network(images[order])
             statistics = [buffer.clone() for buffer in model.network.buffers()]
-        with _undisturbed(model):
+        with undisturbed(model):
             try:
                 kept = tuple(each[order] for each in prefix(images))
                 versions = [each._version for each in kept]

@@ -242,7 +242,8 @@ class _Tracer(fx.Tracer):
         import torchvision
         from timm.layers import get_notrace_functions, get_notrace_modules
 
-        super().__init__((math, torchvision.ops), tuple(get_notrace_functions()))
+        modules: Any = (math, torchvision.ops)  # torch 2.14 is typed for a single one
+        super().__init__(modules, tuple(get_notrace_functions()))
         self.blocks, self.closed = blocks, tuple(get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -269,6 +269,7 @@ class Trainer:
                     if phase is None or frozen != self.model.frozen:
                         phase = self._begin_phase(frozen, train_batches, val_batches)
                         wrapped = self._wrap(phase.module)
+                        self.gradients.fuse(phase.module if self._can_fuse else None)
                     self._run_epoch(wrapped, phase)
                 self._call("on_fit_end")
             except BaseException as error:
@@ -303,6 +304,11 @@ class Trainer:
         if self.gradients.mix is not None:
             return "mixup and cutmix mix pictures before the first stage"
         return "the network is spread over the processes (shard)" if self.shard else None
+
+    @property
+    def _can_fuse(self) -> bool:
+        """Whether kept batch norms may be computed with the convolutions before them."""
+        return self.device.type == "cpu" and self.precision_used == "fp32" and not (self.shard or self.torch_compile)
 
     def plan_activations(
         self, train_batches: Batches, val_batches: Batches, *, epochs: int
