@@ -35,9 +35,10 @@ from torchvision.transforms import v2
 from transferkit import create_model, image_folder
 from transferkit.callbacks import Callback
 from transferkit.devices import runs_channels_last
-from transferkit.loading import TransformedDataset, loader
+from transferkit.loading import loader
 from transferkit.model import TransferModel
 from transferkit.optim import build_optimizer, param_groups
+from transferkit.reading import TransformedDataset
 from transferkit.resident import ResidentBatches, resident_bytes
 from transferkit.sources import DatasetPictures, PictureFiles
 from transferkit.trainer import Trainer

@@ -1,11 +1,11 @@
-"""Where does a run's time go? Shares of decoding, frozen pass, training steps, validation, writing and drawing.
+"""Where does a run's time go? Shares of decoding, frozen pass, training steps, validation, writing, plots and report.
 
     python benchmarks/where_time_goes.py ASSETS [--epochs 10] [--output FILE]
     python benchmarks/where_time_goes.py --quick         made pictures: does everything run?
 
 The whole command runs in a process of its own. What it calls for each kind of work is timed there, less what it calls
-that has a row of its own. Pictures are read in the process that trains, so that reading counts too; in worker processes
-it costs as much, beside the rest.
+that has a row of its own. Pictures are read in threads of the process that trains, so that reading counts too; in
+worker processes it costs as much, beside the rest.
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ from _runs import hand_out, read_options, setting, workplace
 
 # Row: what does this work, as module:object.
 WORK = {
-    "reading pictures": ["transferkit.loading:TransformedDataset.__getitem__"],
+    "reading pictures": [
+        "transferkit.reading:TransformedDataset.__getitems__",
+        "transferkit.reading:TransformedDataset.finished",
+    ],
     "frozen pass": ["transferkit.frozen_pass:FrozenPass._shared"],
     "training steps": ["transferkit.gradients:Gradients.add", "transferkit.trainer:Trainer._optimizer_step"],
-    "validation": ["transferkit.trainer:Trainer._evaluate"],
+    "validation": ["transferkit.trainer:Trainer._collect"],
     "writing": [
         "transferkit.checkpoint:save_artifact",
         "transferkit.resume:ResumeStore.write",
         "transferkit.history:History.save_csv",
     ],
-    "drawing": ["transferkit.finetuner:Finetuner.plot_history", "transferkit.finetuner:Finetuner.plot_predictions"],
+    "plots and report": [
+        "transferkit.finetuner:Finetuner.plot_history",
+        "transferkit.finetuner:Finetuner.plot_predictions",
+        "transferkit.report:write_report",
+    ],
 }
 IMPORTS, REST = "imports", "all else: the network, the plan, the loop"
 CASES = {"head only": "head", "last stage and head": "last:1", "everything": "full"}
@@ -96,7 +103,7 @@ def run_here(arguments: list[str]) -> None:
     from transferkit.cli import app
 
     tune_allocator()
-    for name in ("finetuner", "plots", "demo"):
+    for name in ("finetuner", "plots", "report", "demo"):
         importlib.import_module(f"transferkit.{name}")
     watch(clock)
     clock.turn()

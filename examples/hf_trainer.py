@@ -27,7 +27,7 @@ from transferkit import (
     train_transform,
 )
 from transferkit.integrations.transformers import PolicyCallback, WithLoss, collate, compute_metrics
-from transferkit.loading import TransformedDataset
+from transferkit.reading import TransformedDataset
 
 
 def main() -> None:

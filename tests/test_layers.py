@@ -70,6 +70,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "sources",
         "data",
         "loading",
+        "reading",
         "resident",
         "batch_transforms",
         "callbacks._base",

@@ -25,9 +25,9 @@ from transferkit.data import (
     read_picture,
 )
 from transferkit.exceptions import DataError, PictureError, SettingError
-from transferkit.loading import in_channels
 from transferkit.prediction import predict
 from transferkit.preprocessing import Preprocessing
+from transferkit.reading import in_channels
 from transferkit.transforms import eval_transform, train_transform
 
 SMALL = Preprocessing(size=8, resize_size=8)

@@ -233,7 +233,6 @@ RULES: dict[str, Rule] = {
     "image_folder.val_fraction": real(*BETWEEN_0_AND_1),
     "loader.batch_size": whole(1, 1_000_000),
     "loader.num_workers": whole(0, 1_024),
-    "loader.pass_workers": whole(0, 1_024, none=True),
     "loader.rank": Rule([0], [-1, 1, 1.0, True, "1", None]),
     "loader.seed": SEED,
     "loader.world_size": Rule([1], [0, -1, 1.0, True, "1", None]),

@@ -19,10 +19,11 @@ from torch.utils.data import Subset
 
 from transferkit.exceptions import DataError, closest
 from transferkit.folders import Part, data_folder, find_parts, list_part, list_parts
-from transferkit.loading import TransformedDataset, loader
+from transferkit.loading import loader
 from transferkit.pictures import list_pictures, picture_extensions, read_picture
 from transferkit.randomness import derive_seed
 from transferkit.ranges import check_number, check_seed
+from transferkit.reading import TransformedDataset
 from transferkit.sampling import EpochSampler, SampleKey
 from transferkit.sources import (
     DatasetPictures,

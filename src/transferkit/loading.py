@@ -6,128 +6,21 @@ import logging
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from transferkit.exceptions import DataError, PictureError, SettingError, TransferkitError
-from transferkit.randomness import seeded
 from transferkit.ranges import MOST_PER_BATCH, MOST_WORKERS, check_whole_number
+from transferkit.reading import LostPicture, TransformedDataset
 from transferkit.sampling import EpochSampler, SampleKey
 from transferkit.sources import LabelledPictures, raw_labels
-from transferkit.transforms import Transform
+from transferkit.transforms import Transform, is_preset
 
-__all__ = ["Batches", "LostPicture", "TransformedDataset", "in_channels", "loader", "none_left"]
+__all__ = ["Batches", "loader", "none_left"]
 
 logger = logging.getLogger("transferkit")
-
-
-def in_channels(source: LabelledPictures, channels: int) -> LabelledPictures:
-    """Return the same pictures for a network that takes so many channels.
-
-    Args:
-        source: Where pictures and labels come from. One without ``with_channels``, such as a plain list of (picture,
-            label) pairs, gives its pictures as they are.
-        channels: What the network takes, 1 or more.
-
-    Raises:
-        DataError: The pictures are files, and files do not have so many channels.
-
-    Example:
-        >>> from transferkit.sources import Picture, PictureFiles
-        >>> in_channels(PictureFiles([Picture("cats/1.jpg", 0)]), 4).channels, in_channels([("a picture", 0)], 4)
-        (4, [('a picture', 0)])
-    """
-    return source.with_channels(channels) if hasattr(source, "with_channels") else source
-
-
-class LostPicture(NamedTuple):
-    """A picture that could be read when the run began, and no longer can.
-
-    Attributes:
-        row: Which one of its source.
-        name: Its file.
-        cause: Why it cannot be read.
-    """
-
-    row: int
-    name: str
-    cause: str
-
-
-class TransformedDataset(Dataset[tuple[Tensor, int] | LostPicture]):
-    """Pictures of a source as tensors, ready for a network.
-
-    A transform of :mod:`transferkit.transforms` knows the network's ``channels``, and how many pixels it needs at least
-    of a picture's shorter side, so that large JPEG files need not be decoded whole; the source is asked for both. For
-    one of your own the source decides, RGB if nothing else: ``source.with_channels(4)`` gives RGBA.
-
-    Args:
-        source: Where pictures and labels come from.
-        transform: From a picture to a float32 tensor (C, S, S).
-        seed: The run's seed, 0 or more.
-        augmented: Whether reading or transforming draws random numbers. They are then a function of (seed, epoch,
-            index, view), whatever worker process draws them. ``False`` saves the 0.1 ms this costs per picture.
-        skip: Whether a file that cannot be read is given as a :class:`LostPicture` instead of raised.
-
-    Source: counter-based randomness, Salmon et al. 2011.
-
-    Example:
-        >>> from PIL import Image
-        >>> from transferkit.preprocessing import Preprocessing
-        >>> from transferkit.transforms import light
-        >>> pictures = [(Image.effect_noise((9, 9), 50).convert("RGB"), 1)]
-        >>> dataset = TransformedDataset(pictures, light(Preprocessing(size=8, resize_size=8)), seed=0)
-        >>> picture = dataset[3, 0, 0][0]
-        >>> torch.equal(picture, dataset[3, 0, 0][0]), torch.equal(picture, dataset[4, 0, 0][0])
-        (True, False)
-    """
-
-    def __init__(
-        self,
-        source: LabelledPictures,
-        transform: Transform,
-        *,
-        seed: int = 0,
-        augmented: bool = True,
-        skip: bool = False,
-    ) -> None:
-        """Ask the source for the channels and pixels that the transform needs; nothing is read yet."""
-        channels, least_side = (getattr(transform, name, None) for name in ("channels", "least_side"))
-        self.source: Any = source if channels is None else in_channels(source, channels)
-        if least_side is not None and hasattr(self.source, "with_least_side"):
-            self.source = self.source.with_least_side(least_side)
-        self.transform = transform
-        self.seed = seed
-        self.augmented = augmented
-        self.skip = skip
-
-    def __len__(self) -> int:
-        """Count the pictures of the source."""
-        return len(self.source)
-
-    def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, int] | LostPicture:
-        """Return one picture, transformed, and its label.
-
-        Args:
-            key: (epoch, index, view), or an index alone for the first view in epoch 0.
-
-        Raises:
-            PictureError: The picture cannot be read, and may not be left out.
-        """
-        epoch, index, view = key if isinstance(key, tuple) else (0, key, 0)
-        repeated = (view,) if view else ()
-        try:
-            with seeded(self.seed, 1, epoch, index, *repeated) if self.augmented else nullcontext():
-                picture, label = self.source[index]
-                return self.transform(picture), label
-        except PictureError as error:
-            if not (self.skip and error.path):
-                raise
-            return LostPicture(index, error.path, error.cause)
 
 
 def loader(
@@ -139,7 +32,6 @@ def loader(
     train: bool,
     balanced: bool = False,
     num_workers: int = 0,
-    pass_workers: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
@@ -157,9 +49,8 @@ def loader(
             picture is left out where it is not the only one, since batch norm cannot train on it.
         balanced: Whether every class comes equally often in training, as :class:`EpochSampler` says. Where the source
             lists its labels, no picture is decoded for it.
-        num_workers: Processes that read and transform; 0 does it in this process. The batches are the same.
-        pass_workers: The same for single passes in order, such as through frozen stages, which leave more of the
-            machine free than training does; ``None`` for ``num_workers``.
+        num_workers: Processes that read and transform; 0 does it in this process, files in its threads. The batches are
+            the same.
         rank: This process, 0 to ``world_size - 1``.
         world_size: How many processes share the pictures; see :class:`EpochSampler`.
         pin_memory: Whether batches are put in page-locked memory, for faster copies to a GPU.
@@ -172,8 +63,7 @@ def loader(
 
     Raises:
         DataError: The source is empty, or its pictures do not have the transform's channels.
-        SettingError: ``batch_size``, ``num_workers`` or ``pass_workers`` is outside its range, processes outnumber
-            pictures, or
+        SettingError: ``batch_size`` or ``num_workers`` is outside its range, processes outnumber pictures, or
             ``balanced`` is asked for without ``train``.
         PictureError: While iterating, also from worker processes: a picture cannot be read and ``lost`` is ``None``, or
             no picture of a batch to train on can be read.
@@ -193,7 +83,6 @@ def loader(
     """
     check_whole_number("batch_size", batch_size, at_least=1, at_most=MOST_PER_BATCH)
     check_whole_number("num_workers", num_workers, at_least=0, at_most=MOST_WORKERS)
-    check_whole_number("pass_workers", pass_workers, at_least=0, at_most=MOST_WORKERS, or_none=True)
     if len(source) == 0:
         raise DataError("there are no pictures to load; give a source with at least one")
     if balanced and not train:
@@ -212,7 +101,6 @@ def loader(
         lost=lost,
         batch_size=batch_size,
         num_workers=num_workers,
-        pass_workers=pass_workers,
         pin_memory=pin_memory,
         drop_last=train and len(sampler) > 1 and len(sampler) % batch_size == 1,
     )
@@ -225,17 +113,17 @@ def _batches(
     lost: dict[str, str] | None,
     batch_size: int,
     num_workers: int,
-    pass_workers: int | None = None,
     pin_memory: bool = False,
     drop_last: bool = False,
 ) -> Batches:
+    # A quarter of the bytes to hand over from worker processes; on the way to a GPU they are page-locked at the end.
+    dataset.as_levels = is_preset(dataset.transform) and not pin_memory
     return Batches(
         dataset,
         lost=lost,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        pass_workers=pass_workers,
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
@@ -283,13 +171,11 @@ class Batches(DataLoader[Any]):
     Args:
         pictures: What the batches are made of.
         lost: As for :func:`loader`.
-        pass_workers: As for :func:`loader`.
         **options: As for ``DataLoader``.
 
     Attributes:
         lost: The files that were left out since they cannot be read any more, with the cause, or ``None``.
         lost_rows: Their indices.
-        pass_workers: Processes that read for :meth:`ordered` batches.
     """
 
     def __init__(
@@ -297,12 +183,10 @@ class Batches(DataLoader[Any]):
         pictures: TransformedDataset,
         *,
         lost: dict[str, str] | None = None,
-        pass_workers: int | None = None,
         **options: Any,
     ) -> None:
         """Set the loader up; nothing is read."""
         super().__init__(pictures, collate_fn=_collated, **options)
-        self.pass_workers = self.num_workers if pass_workers is None else pass_workers
         self.lost = lost
         self.lost_rows: set[int] = set()
 
@@ -343,7 +227,7 @@ class Batches(DataLoader[Any]):
         sampler = EpochSampler(len(ours), seed=ours.seed, shuffle=False, rank=order.rank, world_size=order.world_size)
         sampler.set_epoch(epoch or 0)
         size = cast(int, self.batch_size)
-        return _batches(pictures, sampler, lost=self.lost, batch_size=size, num_workers=self.pass_workers)
+        return _batches(pictures, sampler, lost=self.lost, batch_size=size, num_workers=self.num_workers)
 
     def with_rows(self) -> Iterator[tuple[list[int], Any]]:
         """Go through the batches, each with the indices of its pictures; for one pass that has each picture once."""
@@ -367,11 +251,11 @@ class Batches(DataLoader[Any]):
         """Go through the batches of the current epoch."""
         for batch in self._read():
             if not isinstance(batch, _Smaller):
-                yield batch
+                yield self.pictures.finished(batch)
                 continue
             self._leave_out(batch.lost)
             if batch.batch is not None:
-                yield batch.batch
+                yield self.pictures.finished(batch.batch)
             elif self.order.shuffle:
                 raise none_left(each.name for each in batch.lost)
 

@@ -22,6 +22,7 @@ __all__ = [
     "FoundFiles",
     "as_picture",
     "check_file_channels",
+    "decode_picture",
     "existing",
     "find_pictures",
     "list_pictures",
@@ -73,8 +74,24 @@ def read_picture(path: str | os.PathLike[str], *, channels: int = 3, at_least: i
         >>> picture.mode, picture.size, picture.getpixel((0, 0))
         ('RGB', (4, 2), (255, 255, 255))
     """
+    with warnings.catch_warnings(action="ignore"):
+        return decode_picture(path, channels=channels, at_least=at_least)
+
+
+def decode_picture(path: str | os.PathLike[str], *, channels: int = 3, at_least: int | None = None) -> Image.Image:
+    """Do what :func:`read_picture` does, but for Pillow's warnings, for threads, which must not silence them each.
+
+    Args:
+        path: As for :func:`read_picture`, and so are all others.
+        channels: What the network takes.
+        at_least: Pixels that the shorter side must keep.
+
+    Raises:
+        PictureError: The file cannot be read.
+        DataError: Files do not have so many channels.
+    """
     check_file_channels(channels)
-    with warnings.catch_warnings(action="ignore"), opened_picture(path) as image:
+    with opened_picture(path) as image:
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         return upright(image, channels)

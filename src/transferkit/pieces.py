@@ -32,13 +32,14 @@ from transferkit.check import same_files
 from transferkit.checkpoint import HISTORY
 from transferkit.create import adapt, create_model
 from transferkit.data import from_datasets, image_folder
-from transferkit.devices import is_main_process, processes_per_machine, usable_cores
+from transferkit.devices import choose_device, is_main_process, processes_per_machine, usable_cores
 from transferkit.exceptions import DataError, OutputError, SettingError, TransferkitError
 from transferkit.identity import run_identity
-from transferkit.loading import Batches, in_channels, loader
+from transferkit.loading import Batches, loader
 from transferkit.model import TransferModel
 from transferkit.optim import build_optimizer, param_groups
 from transferkit.randomness import seeded
+from transferkit.reading import in_channels
 from transferkit.resident import ResidentBatches, can_be_resident, resident_bytes
 from transferkit.run_folder import ClearFolder, ListLeftOut, RunFolder
 from transferkit.sources import LabelledPictures, PictureData, raw_labels
@@ -182,7 +183,6 @@ def make_loader(
 
     ``lost`` is where files are noted that go bad while it is used, as for :func:`loader`.
     """
-    trains_here = device is not None and device.type == "cpu"
     batches = loader(
         in_channels(source, channels),
         transform,
@@ -190,8 +190,7 @@ def make_loader(
         seed=settings.seed,
         train=train,
         balanced=train and settings.balanced,
-        num_workers=workers_for(settings, len(source), busy=2 if trains_here else 1),
-        pass_workers=workers_for(settings, len(source)),
+        num_workers=workers_for(settings, len(source)),
         rank=rank,
         world_size=world_size,
         pin_memory=device is not None and device.type == "cuda",
@@ -231,12 +230,13 @@ def _is_resident(settings: Settings, batches: Batches, device: torch.device) -> 
     return resident_bytes(batches) <= free // 4
 
 
-def workers_for(settings: Settings, count: int, *, busy: int = 1) -> int:
+def workers_for(settings: Settings, count: int) -> int:
     """Say how many processes read so many pictures, if they have enough.
 
-    It is one per core that this process leaves free, where ``busy`` of its share are not: one that trains on the CPU
-    leaves one less than one that looks at each picture once.
+    It is one per core that this process leaves free. Where a CPU computes it is one less, and none on two cores: this
+    process then reads in threads between its batches, which costs less than processes that compete with it.
     """
+    busy = 2 if choose_device(settings.device).type == "cpu" else 1
     spare = usable_cores() // processes_per_machine() - busy
     workers = max(0, min(8, spare)) if settings.num_workers is None else settings.num_workers
     return min(workers, count // settings.batch_size)

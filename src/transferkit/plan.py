@@ -12,8 +12,8 @@ from PIL import Image
 from transferkit.activations import Choice
 from transferkit.callbacks.lr_scheduler import factor_at, span_of
 from transferkit.freezing import FreezePolicy
-from transferkit.loading import in_channels
 from transferkit.model import TransferModel
+from transferkit.reading import in_channels
 from transferkit.recipes import Recipe
 from transferkit.schedules import MetricSchedule, Plateau, Schedule
 from transferkit.sources import LabelledPictures, PictureData

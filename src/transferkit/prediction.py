@@ -21,7 +21,7 @@ from transferkit.exceptions import DataError, OutputError, PictureError
 from transferkit.loading import loader
 from transferkit.metrics import topk
 from transferkit.model import TransferModel
-from transferkit.pictures import as_picture, list_pictures, read_picture
+from transferkit.pictures import as_picture, decode_picture, list_pictures, read_picture
 from transferkit.ranges import MOST_PER_BATCH, MOST_WORKERS, check_number, check_whole_number
 from transferkit.tta import tta_views
 
@@ -308,9 +308,15 @@ class _Unlabelled:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        return self._read(index, read_picture)
+
+    def decode(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        return self._read(index, decode_picture)
+
+    def _read(self, index: int, read: Callable[..., Image.Image]) -> tuple[Image.Image | Tensor, int]:
         image = self.images[index]
         if isinstance(image, str):
-            return read_picture(image, channels=self.channels, at_least=self.least_side), index
+            return read(image, channels=self.channels, at_least=self.least_side), index
         return as_picture(image, channels=self.channels), index
 
     def labels(self) -> list[int]:

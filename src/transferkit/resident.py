@@ -75,7 +75,6 @@ class ResidentBatches(Batches):
             batch_size=batches.batch_size,
             sampler=batches.order,
             num_workers=batches.num_workers,
-            pass_workers=batches.pass_workers,
             drop_last=batches.drop_last,
         )
         self.device = device
@@ -244,7 +243,7 @@ def _stored(batches: Batches, parts: _Parts, device: torch.device) -> _Store:
         cast(Any, parts.keep),
         batch_size=cast(int, batches.batch_size),
         train=False,
-        num_workers=batches.pass_workers,
+        num_workers=batches.num_workers,
         rank=first,
         world_size=step,
         lost=batches.lost,

@@ -17,7 +17,7 @@ from torchvision.datasets import DatasetFolder, ImageFolder, VisionDataset
 from torchvision.datasets.folder import default_loader
 
 from transferkit.exceptions import DataError
-from transferkit.pictures import as_picture, check_file_channels, read_picture
+from transferkit.pictures import as_picture, check_file_channels, decode_picture, read_picture
 
 __all__ = [
     "DatasetPictures",
@@ -33,7 +33,8 @@ __all__ = [
 class LabelledPictures(Protocol):
     """A source of labelled pictures, before any transform; worker processes get a pickled copy.
 
-    Where it says ``random = False``, reading a picture twice gives the same.
+    Where it says ``random = False``, reading a picture twice gives the same. Where it has ``decode(index)``, several
+    threads may read by that at once.
     """
 
     def __len__(self) -> int:
@@ -102,6 +103,11 @@ class PictureFiles:
         """Return picture ``index``, upright RGB or RGBA, and its label; an unreadable file raises ``PictureError``."""
         picture = self.pictures[index]
         return read_picture(picture.path, channels=self.channels, at_least=self.least_side), picture.label
+
+    def decode(self, index: int) -> tuple[Image.Image, int]:
+        """Do the same in one of several threads, where the caller has silenced Pillow's warnings."""
+        picture = self.pictures[index]
+        return decode_picture(picture.path, channels=self.channels, at_least=self.least_side), picture.label
 
     def labels(self) -> list[int]:
         """Return every label in order; no file is opened."""

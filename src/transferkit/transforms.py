@@ -82,6 +82,19 @@ class _Preset(v2.Compose):  # type: ignore[misc]  # torchvision has no types
         self.random = random
         self.least_side = least_side
 
+    def levels(self, picture: Any) -> Tensor:
+        """Return a picture before normalisation, (C, size, size): uint8, or the numbers of one that is a tensor."""
+        for step in self.transforms[:-2]:
+            picture = step(picture)
+        return picture.as_subclass(Tensor)  # type: ignore[no-any-return]
+
+    def normalized(self, levels: Tensor) -> Tensor:
+        """Return what the transform makes of pictures, float32, from their levels (B, C, size, size)."""
+        normalize = self.transforms[-1]
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (normalize.mean, normalize.std))
+        images = v2.functional.to_dtype(levels, torch.float32, scale=True)
+        return (images - mean if images is levels else images.sub_(mean)).div_(std)
+
     def __repr__(self) -> str:
         text = "\n".join([f"{self.name}(", *(f"  {step}" for step in self.transforms), ")"])
         text = re.sub(r"InterpolationMode\.(\w+)", lambda mode: mode[1].lower(), text)

@@ -99,6 +99,10 @@ def finetune(
     ] = None,
     checkpoint_interval: Annotated[float, typer.Option(help="Seconds between two resume states at least.")] = 5.0,
     device: Device = None,
+    precision: Annotated[
+        str,
+        typer.Option(help="What training computes in: fp32, bf16, fp16 (CUDA), or auto: bf16 on GPUs that have it."),
+    ] = "auto",
     views: Annotated[
         int | None, typer.Option(help="Kept views of each augmented picture while stages are frozen (4), 0 for none.")
     ] = None,
@@ -160,6 +164,7 @@ def finetune(
         checkpoint_every=checkpoint_every,
         checkpoint_interval=checkpoint_interval,
         device=device,
+        precision=precision,
         views=views,
         cache_budget=cache_budget,
         cache_dir=cache_dir,

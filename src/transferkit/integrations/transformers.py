@@ -136,7 +136,7 @@ def collate(samples: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
     """Make the batch that :class:`WithLoss` takes; the Trainer's ``data_collator``.
 
     Args:
-        samples: (image (C, H, W) float, label) pairs, as a :class:`~transferkit.loading.TransformedDataset` gives them.
+        samples: (image (C, H, W) float, label) pairs, as a :class:`~transferkit.reading.TransformedDataset` gives them.
 
     Returns:
         ``{"pixel_values": (B, C, H, W) float, "labels": (B,) int64}``.
