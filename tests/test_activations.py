@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
+from transferkit import frozen_pass
 from transferkit.activation_store import ActivationStore
 from transferkit.activations import ActivationCache, KeptBatches, check_budget
 from transferkit.callbacks import EMA, BestCheckpoint, Callback
@@ -167,6 +168,30 @@ def test_one_cache_serves_one_model_after_the_other(data: PictureData) -> None:
     first, second = (fitted(dropping(seed=seed), data.train, data.val, cache=cache).model for seed in (1, 2))
     assert furthest(first, fitted(dropping(seed=1), data.train, data.val, cache=None).model) < 1e-5
     assert furthest(second, fitted(dropping(seed=2), data.train, data.val, cache=None).model) < 1e-5
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_in_half_precision_the_frozen_half_computes_as_what_trains_does(
+    data: PictureData, monkeypatch: pytest.MonkeyPatch, prepared: bool
+) -> None:
+    monkeypatch.setattr(frozen_pass, "is_worth_preparing", lambda batches, images: prepared)
+    model = create_model("timm/test_resnet", weights=None, class_names=data.class_names, image_size=64, seed=0).eval()
+    found: list[Tensor] = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer: Trainer) -> None:
+            found.extend(kept._store(0).read(torch.arange(2))[0] for kept in trainer.activations._open)
+
+    cache = ActivationCache(views=1)
+    trainer = fitted(model, data.train, data.val, Look(), cache=cache, epochs=1, precision="bf16")
+    assert trainer.precision_used == "bf16"
+    model.freeze(model.stage_names[:-1])
+    transform = eval_transform("imagenet", model.preprocessing)
+    for ours, source, off in zip(found, (data.train, data.val), (0.03, 1e-5), strict=True):
+        expected = split(model).prefix(torch.stack([transform(source[index][0]) for index in range(2)]))[0]
+        assert float((ours.float() - expected).norm()) < off * float(expected.norm())
+    # a model is measured as it predicts
+    assert [ours.dtype for ours in found] == [torch.bfloat16, torch.float32]
 
 
 # Once

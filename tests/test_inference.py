@@ -554,6 +554,41 @@ def test_autocast_does_not_concern_it() -> None:
             assert close(forward(inputs[:count]), expected[:count])
 
 
+@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_efficientnet", "timm/test_vit", "timm/test_convnext"])
+def test_it_computes_as_autocast_does_where_that_is_asked_for(name: str) -> None:
+    network, inputs = made(name), images(5, 160)
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = expected_of(network, inputs)
+    with threads(2):
+        forward = fast_forward(network, inputs, autocast=torch.bfloat16)
+        given = forward(inputs)
+        assert torch.equal(given, forward(inputs))
+    expected = expected_of(network, inputs)
+    assert given.dtype == theirs.dtype == torch.bfloat16
+    off, allowed = ((each.float() - expected).norm() / expected.norm() for each in (given, theirs))
+    assert float(off) < max(0.02, 2 * float(allowed))
+    assert not torch.equal(given.float(), expected)
+    assert [key for key, value in network.state_dict().items() if not torch.equal(value, weights[key])] == []
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_network_that_autocast_leads_astray_computes_in_the_type_of_its_weights() -> None:
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            made = self.layer(inputs)
+            return 1e6 * (made - self.layer(inputs.double().float() * (1 + 1e-4)))
+
+    network, inputs = Cancelling().eval(), images(3, 32)
+    given = fast_forward(network, inputs, autocast=torch.bfloat16)(inputs)
+    assert given.dtype == torch.float32
+    assert close(given, expected_of(network, inputs))
+
+
 def test_half_precision_weights_compute_in_half_precision() -> None:
     network, inputs = made("timm/test_resnet").bfloat16(), images(3, 32).bfloat16()
     given, expected = fast_forward(network, inputs)(inputs), expected_of(network, inputs)

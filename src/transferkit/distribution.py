@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -45,13 +44,6 @@ __all__ = [
     "synchronised_norms",
     "whole",
 ]
-
-_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: nn.SyncBatchNorm,
-    nn.BatchNorm2d: nn.SyncBatchNorm,
-    nn.BatchNorm3d: nn.SyncBatchNorm,
-    BatchNormAct2d: SyncBatchNormAct,
-}
 
 
 def share_object(accelerator: Accelerator, value: Any) -> Any:
@@ -150,15 +142,21 @@ def synchronised_norms(network: nn.Module, device: torch.device) -> Iterator[Non
             "sync_batch_norm needs GPUs, since torch synchronises batch norms only there; leave it out, or keep the "
             "pretrained statistics with keep_statistics=True"
         )
+    from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+
+    synchronised: dict[type[nn.Module], type[nn.Module]] = {
+        **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), nn.SyncBatchNorm),
+        BatchNormAct2d: SyncBatchNormAct,
+    }
     norms: list[tuple[str, Any]] = [each for each in network.named_modules() if isinstance(each[1], _BatchNorm)]
-    if own := [name for name, module in norms if type(module) not in _SYNCHRONISED]:
+    if own := [name for name, module in norms if type(module) not in synchronised]:
         raise SettingError(
             f"sync_batch_norm knows torch's batch norms and timm's BatchNormAct2d, and {own[0]} is neither; leave it "
             "out"
         )
     before = [(module, type(module)) for _, module in norms]
     for module, kind in before:
-        module.__class__ = _SYNCHRONISED[kind]
+        module.__class__ = synchronised[kind]
         module.process_group = None  # all processes
     try:
         yield

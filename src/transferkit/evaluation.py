@@ -90,11 +90,15 @@ def collect_logits(
     Raises:
         SettingError: The engine does not exist, is not installed, or cannot compute this model.
     """
-    found = logits_by_batch(model, batches, device, engine=engine, before_batch=before_batch, views=views)
+    classify = _Classifier(model, batches, device, engine, views)
     logits, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
-    for given, targets in found:
-        logits.append(given)
-        labels.append(targets)
+    with keeps_mode(model):
+        model.eval()
+        for inputs, targets in batches:
+            if before_batch is not None:
+                before_batch()
+            logits.append(classify(inputs))
+            labels.append(targets.cpu())
     return torch.cat(logits[1:] or logits), torch.cat(labels)
 
 
@@ -104,7 +108,6 @@ def logits_by_batch(
     device: torch.device,
     *,
     engine: str = "eager",
-    before_batch: Callable[[], object] | None = None,
     views: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Do the same batch by batch, and keep nothing; between two batches the model is in its own training mode.
@@ -114,7 +117,6 @@ def logits_by_batch(
         batches: A loader with workers reads the next batches meanwhile.
         device: Where to compute.
         engine: What computes.
-        before_batch: Called before each batch is computed.
         views: To look at each picture several times.
 
     Yields:
@@ -128,22 +130,46 @@ def logits_by_batch(
         >>> [logits.shape for logits, _ in logits_by_batch(nn.Linear(3, 2), pictures, torch.device("cpu"))]
         [torch.Size([2, 2])]
     """
-    forward: Callable[[Any], Any] = model
-    for number, (inputs, targets) in enumerate(batches):
-        with keeps_mode(model), torch.no_grad():
+    classify = _Classifier(model, batches, device, engine, views)
+    for inputs, targets in batches:
+        with keeps_mode(model):
             model.eval()
-            if before_batch is not None:
-                before_batch()
-            inputs = moved(inputs, device)
+            logits = classify(inputs)
+        yield logits, targets.cpu()
+
+
+class _Classifier:
+    """From the inputs of one batch after the other to logits (B, num_classes) float32 on the CPU.
+
+    The model is in eval mode. Where there is enough to compute, the first batch prepares for those that follow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Inputs, Tensor]],
+        device: torch.device,
+        engine: str,
+        views: Callable[[Tensor], list[Tensor]] | None,
+    ) -> None:
+        self.model, self.batches, self.device, self.engine, self.views = model, batches, device, engine, views
+        self.forward: Callable[[Any], Any] | None = None
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            inputs = moved(inputs, self.device)
             looks: Sequence[Inputs] = [inputs]
-            if views is not None and isinstance(inputs, Tensor):
-                looks = views(inputs)
-            first = looks[0]
-            if number == 0 and isinstance(first, Tensor) and is_worth_preparing(batches, first):
-                forward = fast_forward(model, first, engine=engine)
-            given = [forward(each).float() for each in looks]
-            logits = given[0] if len(given) == 1 else _averaged(given)
-        yield logits.cpu(), targets.cpu()
+            if self.views is not None and isinstance(inputs, Tensor):
+                looks = self.views(inputs)
+            if self.forward is None:
+                self.forward = self._prepared(looks[0])
+            given = [self.forward(each).float() for each in looks]
+            return (given[0] if len(given) == 1 else _averaged(given)).cpu()
+
+    def _prepared(self, inputs: Inputs) -> Callable[[Any], Any]:
+        if isinstance(inputs, Tensor) and is_worth_preparing(self.batches, inputs):
+            return fast_forward(self.model, inputs, engine=self.engine)
+        return self.model
 
 
 def _averaged(logits: list[Tensor]) -> Tensor:

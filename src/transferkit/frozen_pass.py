@@ -71,7 +71,7 @@ class FrozenPass:
         self.split, self.model, self.accelerator, self.plain = split, model, accelerator, plain
         self.passes, self.in_memory, self.folder, self.stays = passes, in_memory, folder, stays
         self.dtype, self.engine, self.each_batch = dtype, engine, each_batch
-        self._forward: Callable[[Tensor], Any] | None = None
+        self._forwards: dict[torch.dtype | None, Callable[[Tensor], Any]] = {}
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def store(self, batches: Batches, view: int, *, training: bool) -> ActivationStore:
@@ -132,18 +132,28 @@ class FrozenPass:
         if batch is not None:
             images, labels = batch
             images = images.to(self.accelerator.device, non_blocking=True)
-            if self._forward is None:  # every view of this phase goes through the same weights
-                prepared = is_worth_preparing(range(self.passes), images[:1])
-                frozen = self.split.frozen_half
-                self._forward = fast_forward(frozen, images, engine=self.engine) if prepared else self.split.prefix
+            halved = self._halved
+            if halved not in self._forwards:  # every view of this phase goes through the same weights
+                self._forwards[halved] = self._prepared(images, halved)
             with self._precision():
-                activations = self._forward(images)
+                activations = self._forwards[halved](images)
             mine = [(rows, [*(each.cpu() for each in activations), labels])]
         if self.accelerator.num_processes == 1:
             return mine
         from accelerate.utils import gather_object
 
         return list(gather_object(mine))
+
+    @property
+    def _halved(self) -> torch.dtype | None:
+        """What autocast computes in on a CPU, where it does."""
+        here = self._precision is not nullcontext and self.accelerator.device.type == "cpu"
+        return torch.bfloat16 if here and self.accelerator.mixed_precision == "bf16" else None
+
+    def _prepared(self, images: Tensor, halved: torch.dtype | None) -> Callable[[Tensor], Any]:
+        if not is_worth_preparing(range(self.passes), images[:1]):
+            return self.split.prefix
+        return fast_forward(self.split.frozen_half, images, engine=self.engine, autocast=halved)
 
     def _facts(self, ordered: Batches) -> dict[str, Any] | None:
         """Say what the activations are a function of, or ``None`` where that is not known."""

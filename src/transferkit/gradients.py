@@ -76,6 +76,7 @@ class Gradients:
         """Store the pieces."""
         self.model, self.loss_function, self.mix = model, loss_function, mix
         self.micro_batch: int | None = None
+        self._norms = [each for each in model.network.modules() if isinstance(each, _BatchNorm)]
         self._to_fuse: nn.Module | None = None
         self._fusions: list[Fusion] = []
 
@@ -99,7 +100,7 @@ class Gradients:
             seeds: What each batch's random numbers are a function of.
         """
         weight = sum(self._weight_of(labels, accelerator.device) for _, labels in window)
-        statistics = [each.clone() for each in _statistics(self.model.network)]
+        statistics = [each.clone() for each in self._statistics()]
         return Step(accelerator, wrapped, window, accelerator.reduce(weight), seeds, statistics)
 
     def add(self, step: Step, position: int) -> Tensor:
@@ -160,7 +161,7 @@ class Gradients:
 
         def attempt(size: int) -> Tensor:
             self.micro_batch = size
-            for buffer, value in zip(_statistics(self.model.network), step.statistics, strict=True):
+            for buffer, value in zip(self._statistics(), step.statistics, strict=True):
                 buffer.copy_(value)
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -185,6 +186,10 @@ class Gradients:
             "; batch norms in training see the smaller ones" if step.statistics else "",
         )
         return sums
+
+    def _statistics(self) -> list[Tensor]:
+        """Return the running statistics that a forward pass in training changes."""
+        return [buffer for norm in self._norms if norm.training for buffer in norm.buffers(recurse=False)]
 
     def _weight_of(self, labels: Tensor, device: torch.device) -> Tensor:
         weights = self.loss_function.weight
@@ -255,9 +260,3 @@ def _synchronised(
         network.set_requires_gradient_sync(last)
         return nullcontext()
     return nullcontext() if last else cast(AbstractContextManager[Any], accelerator.no_sync(wrapped))
-
-
-def _statistics(network: nn.Module) -> list[Tensor]:
-    """Return the running statistics that a forward pass in training changes."""
-    training = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
-    return [buffer for module in training for buffer in module.buffers(recurse=False)]

@@ -39,7 +39,9 @@ _WIDE = 1200 * 1024
 _THREADS = 8
 
 
-def fast_forward(module: nn.Module, example: Tensor, *, engine: str = "eager") -> Callable[[Tensor], Any]:
+def fast_forward(
+    module: nn.Module, example: Tensor, *, engine: str = "eager", autocast: torch.dtype | None = None
+) -> Callable[[Tensor], Any]:
     """Return a function that gives what a module gives in eval mode, for its weights as they are now.
 
     It computes with a copy: batch norms become part of the layers before them, pictures and weights lie channels last,
@@ -56,10 +58,12 @@ def fast_forward(module: nn.Module, example: Tensor, *, engine: str = "eager") -
         example: (B, C, H, W) of one picture or more, where the module is, of the size that will be asked for most.
         engine: One of :data:`ENGINES`. ``"compile"`` takes a minute to start and needs a C++ compiler on the CPU.
             ``"onnxruntime"`` and ``"openvino"`` compute on the CPU, in single precision.
+        autocast: ``torch.bfloat16`` lets torch's own engine compute on the CPU as autocast does, which is faster where
+            the processor has instructions for it; ``None`` for the type of the weights, whatever autocast says around
+            a call. On other devices what is said there counts.
 
     Returns:
-        A function from images (B, C, H, W), B from 0 on, to what the module gives for them, without gradient. On the
-        CPU it computes in the type of the weights, whatever autocast says.
+        A function from images (B, C, H, W), B from 0 on, to what the module gives for them, without gradient.
 
     Raises:
         SettingError: There is no such engine, it is not installed, or it cannot compute this network.
@@ -83,7 +87,11 @@ def fast_forward(module: nn.Module, example: Tensor, *, engine: str = "eager") -
                 raise SettingError(f"engine={engine!r} needs a copy of the network ({error}); use 'eager'") from error
             return partial(_as_it_is, module)
         expected = network(images)
-        network = _improved(network, images, expected, engine)
+        halved = autocast if engine == "eager" and images.device.type == "cpu" else None
+        network = _improved(network, images, expected, engine, packed=halved is None)
+        if halved is not None:
+            network = _halved(network, images, expected, halved)
+            expected = network(images)
         if engine != "eager":
             return _checked(engine, network, images, expected)
         apart = _agrees(lambda: _joined([network(each) for each in torch.split(images, 1)]), expected)
@@ -119,16 +127,21 @@ def micro_batch(count: int, height: int, width: int, *, workers: int = 1) -> int
 
 
 class _Laid(nn.Module):
-    """A network whose images are laid out in memory as its weights are."""
+    """A network whose images are laid out in memory as its weights are, and that may compute in half precision."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.training = False
         self.layout = torch.contiguous_format
+        self.autocast: torch.dtype | None = None
 
     def forward(self, images: Tensor) -> Any:
-        return self.network(images.contiguous(memory_format=self.layout))
+        images = images.contiguous(memory_format=self.layout)
+        if self.autocast is None:
+            return self.network(images)
+        with torch.autocast("cpu", self.autocast):
+            return self.network(images)
 
 
 class _SideBySide:
@@ -199,13 +212,14 @@ def _as_it_is(module: nn.Module, images: Tensor) -> Any:
             each.training = mode
 
 
-def _improved(network: nn.Module, images: Tensor, expected: Any, engine: str) -> nn.Module:
+def _improved(network: nn.Module, images: Tensor, expected: Any, engine: str, *, packed: bool) -> nn.Module:
     """Change a copy step by step, and take back each step that changes what it gives."""
     kind = images.device.type
     steps: list[Callable[[nn.Module, Tensor], object]] = [fold_norms]
     if engine in ("eager", "compile") and kind in ("cpu", "cuda") and images.dim() == 4:
         steps.append(_lay_channels_last)
-    if engine == "eager" and kind == "cpu" and images.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    on_cpu = packed and engine == "eager" and kind == "cpu" and images.dtype == torch.float32
+    if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         steps.append(partial(pack_convolutions, rows=micro_batch(32, *images.shape[-2:])))
         steps.append(partial(part_wide_modules, limit=_WIDE))
     for step in steps:
@@ -223,6 +237,22 @@ def _improved(network: nn.Module, images: Tensor, expected: Any, engine: str) ->
 def _lay_channels_last(network: nn.Module, images: Tensor) -> None:
     network.to(memory_format=torch.channels_last)
     network.layout = torch.channels_last  # type: ignore[assignment]
+
+
+def _halved(network: nn.Module, images: Tensor, expected: Any, dtype: torch.dtype) -> nn.Module:
+    """Return a copy that computes under autocast, if what it gives is near enough; else the network as it is."""
+    changed: Any = copy.deepcopy(network)
+    changed.autocast = dtype
+    for each in changed.modules():
+        if type(each) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
+            each.to(dtype)  # once, instead of by autocast at each call
+    wanted = tree_map(lambda leaf: _as_type(leaf, dtype), expected)
+    near = _agrees(lambda: tree_map(lambda leaf: _as_type(leaf, dtype), changed(images)), wanted)
+    return changed if near else network
+
+
+def _as_type(leaf: Any, dtype: torch.dtype) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _agrees(compute: Callable[[], Any], expected: Any) -> bool:

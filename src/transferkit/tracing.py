@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from transferkit.backbones import timm_layers
 from transferkit.exceptions import SplitError, one_line
 from transferkit.model import TransferModel
 
@@ -240,11 +241,11 @@ class _Whole(nn.Module):
 class _Tracer(fx.Tracer):
     def __init__(self, blocks: Collection[int]) -> None:
         import torchvision
-        from timm.layers import get_notrace_functions, get_notrace_modules
 
         modules: Any = (math, torchvision.ops)  # torch 2.14 is typed for a single one
-        super().__init__(modules, tuple(get_notrace_functions()))
-        self.blocks, self.closed = blocks, tuple(get_notrace_modules())
+        layers = timm_layers()
+        super().__init__(modules, () if layers is None else tuple(layers.get_notrace_functions()))
+        self.blocks, self.closed = blocks, () if layers is None else tuple(layers.get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         closed = id(m) in self.blocks or isinstance(m, self.closed)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from transferkit.backbones import timm_layers
+
 __all__ = ["Call", "Seen", "activation_behind", "watch", "what_is_left"]
 
 
@@ -186,11 +188,11 @@ def what_is_left(norm: nn.Module) -> nn.Module | None:
         >>> what_is_left(nn.BatchNorm2d(4)), what_is_left(nn.ReLU())
         (Identity(), None)
     """
-    from timm.layers import BatchNormAct2d
-
     if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return nn.Identity()
-    return nn.Sequential(*norm.children()) if type(norm) is BatchNormAct2d else None  # its drop and act
+    layers = timm_layers()
+    with_activation = layers is not None and type(norm) is layers.BatchNormAct2d
+    return nn.Sequential(*norm.children()) if with_activation else None  # its drop and act
 
 
 def activation_behind(seen: Seen, made: Tensor) -> tuple[nn.Module | None, tuple[str, list[float]]]:

@@ -13,6 +13,7 @@ from transferkit.backbones._load import (
 )
 from transferkit.backbones._stages import StageNames, split_into_stages
 from transferkit.backbones._state_dict import read_state_dict
+from transferkit.backbones._timm import timm_layers
 from transferkit.backbones._weights import WeightsReport, fit_state_dict
 from transferkit.backbones.stem import StemChange, change_stem
 
@@ -33,4 +34,5 @@ __all__ = [
     "read_state_dict",
     "resolve_name",
     "split_into_stages",
+    "timm_layers",
 ]

@@ -1,18 +1,19 @@
-"""timm's classification models: names, tags, head position, preprocessing."""
+"""timm's classification models: names, tags, head position, preprocessing.
+
+timm is imported where it is used, since a run of a torchvision network does without.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from transferkit.backbones._base import Backbone
@@ -30,6 +31,7 @@ __all__ = [
     "model_info",
     "preprocessing_from",
     "preprocessing_of",
+    "timm_layers",
 ]
 
 BUNDLED = "mobilenetv2_050"
@@ -39,9 +41,22 @@ _BUNDLED_FILE = Path(__file__).with_name("bundled") / "model.safetensors"
 _BUNDLED_PREPROCESSING = Preprocessing(size=112, resize_size=128)
 
 
+def timm_layers() -> Any:
+    """Return ``timm.layers``; ``None`` where nobody has imported timm, so that no network can have a layer of it.
+
+    Example:
+        >>> import timm
+        >>> timm_layers().__name__
+        'timm.layers'
+    """
+    return sys.modules.get("timm.layers")
+
+
 @cache
 def list_names() -> tuple[str, ...]:
     """Return the names of timm's architectures, without weight tags."""
+    import timm
+
     return tuple(timm.list_models())
 
 
@@ -84,6 +99,8 @@ def preprocessing_of(network: nn.Module) -> Preprocessing:
 
 def preprocessing_from(config: Mapping[str, Any]) -> Preprocessing:
     """Read the preprocessing that timm resolves from the metadata of weights; of an oblong input the width counts."""
+    from timm.data import resolve_data_config
+
     resolved = resolve_data_config({}, pretrained_cfg=config)
     size = int(resolved["input_size"][-1])
     interpolation, crop = resolved["interpolation"], resolved["crop_mode"]
@@ -103,6 +120,8 @@ def build(architecture: str, *, num_classes: int, arguments: Mapping[str, Any]) 
 
 
 def _create(name: str, *, pretrained: bool, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
+    import timm
+
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     except (AssertionError, ValueError) as error:
@@ -167,8 +186,10 @@ def load(
 
 def _config(bare: str, tag: str) -> Any:
     """Return timm's metadata of one tag (the default one for ``""``)."""
+    import timm
+
     if not tag:
-        return get_pretrained_cfg(bare)
+        return timm.get_pretrained_cfg(bare)
     known = [each.partition(".")[2] for each in timm.list_pretrained(f"{bare}.*")]
     if tag not in known:
         offered = f"it has {', '.join(known)}" if known else "timm has no pretrained weights for it"
@@ -176,7 +197,7 @@ def _config(bare: str, tag: str) -> Any:
             f"no weights {tag!r} for timm/{bare}; {offered}; a path to a local state dict or None also works"
             f"{closest(tag, known)}"
         )
-    return get_pretrained_cfg(f"{bare}.{tag}")
+    return timm.get_pretrained_cfg(f"{bare}.{tag}")
 
 
 def _download(name: str, config: Any, arguments: Mapping[str, Any]) -> nn.Module:
@@ -212,6 +233,7 @@ def model_info(architecture: str) -> tuple[int | None, int, str | None]:
     parameters = _known_parameters().get(bare)
     if parameters is None:  # an architecture that is newer than the table
         with torch.device("meta"):
-            parameters = sum(each.numel() for each in timm.create_model(bare, pretrained=False).parameters())
+            network = _create(bare, pretrained=False, num_classes=_own_classes(config), arguments={})
+        parameters = sum(each.numel() for each in network.parameters())
     size = config.input_size[-1] if config is not None else 224
     return parameters, size, getattr(config, "license", None)

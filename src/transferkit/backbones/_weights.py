@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from timm.layers import resample_patch_embed
-from timm.models import densenet as timm_densenet
 from torch import Tensor, nn
 from torchvision.models import DenseNet
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
@@ -134,6 +132,8 @@ def fit_state_dict(
     tensors = _with_own_channels(network, best.tensors, own, source)
     for key in (f"{path}.weight" for path in resampled):
         if key in tensors and tensors[key].shape[:2] == own[key].shape[:2]:
+            from timm.layers import resample_patch_embed
+
             tensors = {**tensors, key: resample_patch_embed(tensors[key], list(own[key].shape[2:]))}
 
     loadable = {key for key in own if key in tensors and tensors[key].shape == own[key].shape}
@@ -246,6 +246,8 @@ def _converter(network: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Te
     if isinstance(
         network, DenseNet
     ):  # torchvision renames the keys of its own old files in the same way, but in private
+        from timm.models import densenet as timm_densenet
+
         modules = [timm_densenet]
     found = [getattr(module, name) for module in modules for name in _FILTERS if hasattr(module, name)]
     if not found:

@@ -12,12 +12,10 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Self
 
-import timm
 import torch
-from timm.layers import BlurPool2d, resample_patch_embed
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
@@ -35,8 +33,6 @@ _MIN_TOKENS = 8
 # The families whose own loading resamples patch kernel, position embeddings and relative position tables.
 _TOKEN_FAMILIES = ("vision_transformer", "deit", "beit", "eva")
 _WINDOW_FAMILIES = ("swin_transformer", "swin_transformer_v2")
-
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, BlurPool2d)
 
 
 class Window(NamedTuple):
@@ -144,7 +140,11 @@ def stem_arguments(name: str, *, size: int) -> dict[str, Any]:
         with torch.device("meta"):
             patch = models.get_model(bare, weights=None).patch_size
         return {"image_size": size // _patch(name, size, patch, _MIN_TOKENS) * patch}
-    family = timm.model_entrypoint(bare).__module__.rpartition(".")[2] if library == "timm" else ""
+    if library != "timm":
+        return {}
+    import timm
+
+    family = timm.model_entrypoint(bare).__module__.rpartition(".")[2]
     if family in (*_TOKEN_FAMILIES, *_WINDOW_FAMILIES):
         with torch.device("meta"):
             built = timm.create_model(bare, pretrained=False).patch_embed.patch_size[0]
@@ -323,7 +323,7 @@ def _look(probe: nn.Module, channels: int, size: int) -> _Look:
     hooks = [
         module.register_forward_hook(partial(note, path))
         for path, module in probe.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.LayerNorm, *_POOLS))
+        if isinstance(module, (nn.Conv2d, nn.LayerNorm, _pools()))
     ]
     dtype = next((each.dtype for each in probe.parameters() if each.is_floating_point()), torch.float32)
     try:
@@ -360,8 +360,15 @@ def _window(module: nn.Module) -> Window | None:
     return Window(*(pair[0] for pair in pairs)) if all(pair[0] == pair[1] for pair in pairs) else None
 
 
+@cache
+def _pools() -> tuple[type[nn.Module], ...]:
+    from timm.layers import BlurPool2d
+
+    return nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, BlurPool2d
+
+
 def _is_strided(module: nn.Module) -> bool:
-    if isinstance(module, _POOLS):
+    if isinstance(module, _pools()):
         return module.stride not in (1, (1, 1))
     window = _window(module)
     return window is not None and window.stride > 1
@@ -390,7 +397,7 @@ def _layer(network: nn.Module, change: StemChange) -> nn.Module:
             f"{closest(change.path, modules)}"
         )
     layer: nn.Module = modules[change.path]
-    fits = isinstance(layer, _POOLS) if change.before is None else _window(layer) == change.before
+    fits = isinstance(layer, _pools()) if change.before is None else _window(layer) == change.before
     if not fits:
         raise ArtifactError(
             f"the stem change '{_phrase(change)}' does not fit {change.path}, which is {layer}; "
@@ -404,6 +411,8 @@ def _set_window(convolution: nn.Conv2d, window: Window) -> None:
     kernel, stride, padding = ((each, each) for each in window)
     weight = convolution.weight
     if weight.shape[-2:] != kernel:
+        from timm.layers import resample_patch_embed
+
         with torch.no_grad():
             resampled = resample_patch_embed(weight, list(kernel))
         convolution.weight = nn.Parameter(resampled, requires_grad=weight.requires_grad)
