@@ -32,6 +32,7 @@ __all__ = [
     "heading",
     "limit",
     "ours",
+    "ours_in_bf16",
     "peers",
     "processor",
     "publish",
@@ -62,7 +63,8 @@ importlib.import_module(sys.argv[1])
 names = "torch torchvision fastai lightning transformers accelerate".split()
 versions = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
 found = {name: versions[name] for name in names if name in versions}
-print(json.dumps({"versions": found, "cpu": torch.backends.cpu.get_cpu_capability()}))
+bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+print(json.dumps({"versions": found, "cpu": torch.backends.cpu.get_cpu_capability(), "bf16": bf16}))
 """
 
 
@@ -124,7 +126,7 @@ def read_options(description: str | None, *, epochs: int, rivals: str = ",".join
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures for the peers")
     parser.add_argument("--output", type=Path, help="file for the report; standard output by default")
     parser.add_argument("--quick", action="store_true", help="two epochs on a few made pictures: does everything run?")
     options = parser.parse_args()
@@ -184,6 +186,13 @@ def ours(name: str, *extra: str) -> Contestant:
     return Contestant(name, extra=extra)
 
 
+def ours_in_bf16(name: str) -> Contestant:
+    """Return the same in half precision; where the processor has no instructions for it, it says so."""
+    answer = _probe(sys.executable, "torchvision")
+    missing = None if isinstance(answer, dict) and answer["bf16"] else "this processor has no bf16 instructions"
+    return Contestant(name, extra=("--precision", "bf16"), missing=missing)
+
+
 def peers(options: argparse.Namespace) -> tuple[Contestant, ...]:
     """Return the peers that were asked for; one that cannot be imported says so."""
     found = []
@@ -225,7 +234,6 @@ def _run(contestant: Contestant, case: Case, options: argparse.Namespace, seed: 
         "--epochs": options.epochs,
         "--batch-size": options.batch_size,
         "--image-size": options.image_size,
-        "--workers": options.workers,
         "--seed": seed,
     }
     common = [str(part) for pair in settings.items() for part in pair]
@@ -236,7 +244,7 @@ def _run(contestant: Contestant, case: Case, options: argparse.Namespace, seed: 
             command += ["--device", "cpu", "--output", f"{folder}/run", "--json"]
         else:
             command = [str(HERE / "peers" / contestant.script), "--data", data, "--model", case.model, *common]
-            command += ["--threads", threads]
+            command += ["--threads", threads, "--workers", str(options.workers)]
         started = time.perf_counter()
         ended = subprocess.run(
             [contestant.python, *command, *contestant.extra],

@@ -5,8 +5,8 @@
 
 Both compute with the same weights (random ones: what they are costs nothing), the same threads and the same pictures of
 224 px. A round runs everything once, so that what else the machine does meets all alike; a ratio is the median of the
-rounds' ratios. The decoding runs in worker processes, and is compared with ONNX Runtime without any. It needs the
-packages onnx, onnxruntime and onnxscript, and an idle machine.
+rounds' ratios. Decoding runs as the command line lets it on two cores, in threads between the batches, and is compared
+with ONNX Runtime without any. It needs the packages onnx, onnxruntime and onnxscript, and an idle machine.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def compare(name: str, options: argparse.Namespace, photos: list[Picture]) -> tu
 
 
 def setting(options: argparse.Namespace, photos: list[Picture], tuned: bool) -> str:
-    decoded = f" {len(photos)} photos, {options.workers} worker processes." if photos else ""
+    decoded = f" {len(photos)} photos, {options.workers or 'no'} worker processes." if photos else ""
     libraries = {"torch": torch, "torchvision": torchvision, "ONNX Runtime": onnxruntime}
     versions = ", ".join(f"{name} {library.__version__}" for name, library in libraries.items())
     return (
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder of photos, searched through")
     parser.add_argument("--networks", nargs="+", default=list(ASKED), choices=list(ASKED))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode; 0 for threads of this one")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--no-allocator", action="store_true", help="leave the C library's allocator alone")
     options = parser.parse_args()

@@ -545,14 +545,22 @@ def test_random_weights_learn_as_fast_as_the_head_and_move_their_statistics(run)
 
 
 @pytest.mark.parametrize(
-    ("device", "given", "batches", "passes"), [("cpu", None, 0, 1), ("meta", None, 1, 1), ("cpu", 1, 1, 1)]
+    ("device", "given", "cores", "workers"),
+    [
+        ("cpu", None, 2, 0),
+        ("cpu", None, 4, 2),
+        ("cpu", None, 1, 0),
+        ("meta", None, 2, 1),
+        ("cpu", 1, 2, 1),
+        ("meta", 0, 4, 0),
+    ],
 )
-def test_a_cpu_that_trains_has_one_reading_process_less_than_one_that_only_looks(
-    picture_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, given: int | None, batches: int, passes: int
+def test_one_process_reads_per_spare_core_and_one_less_where_a_cpu_computes(
+    picture_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, given: int | None, cores: int, workers: int
 ) -> None:
-    monkeypatch.setattr("transferkit.pieces.usable_cores", lambda: 2)
-    tuner = Finetuner("timm/test_efficientnet", batch_size=2, num_workers=given)
+    monkeypatch.setattr("transferkit.pieces.usable_cores", lambda: cores)
+    tuner = Finetuner("timm/test_efficientnet", batch_size=2, num_workers=given, device=device)
     data = image_folder(picture_folder)
     transform = eval_transform("imagenet", Preprocessing(32, 32))
-    made = make_loader(tuner, data.train, transform, train=True, channels=3, device=torch.device(device))
-    assert (made.num_workers, made.ordered().num_workers) == (batches, passes)
+    made = make_loader(tuner, data.train, transform, train=True, channels=3)
+    assert (made.num_workers, made.ordered().num_workers) == (workers, workers)
