@@ -27,10 +27,7 @@ from _runs import hand_out, read_options, setting, workplace
 
 # Row: what does this work, as module:object.
 WORK = {
-    "reading pictures": [
-        "transferkit.reading:TransformedDataset.__getitems__",
-        "transferkit.reading:TransformedDataset.finished",
-    ],
+    "reading pictures": ["transferkit.reading:TransformedDataset.__getitems__"],
     "frozen pass": ["transferkit.frozen_pass:FrozenPass._shared"],
     "training steps": ["transferkit.gradients:Gradients.add", "transferkit.trainer:Trainer._optimizer_step"],
     "validation": ["transferkit.trainer:Trainer._collect"],

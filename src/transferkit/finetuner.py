@@ -117,7 +117,7 @@ class Finetuner(Settings):
         shard: Whether the network is spread over the processes instead of repeated in each (FSDP2).
         sync_batch_norm: Whether batch norms in training see the batches of all processes as one; on GPUs only.
         num_workers: Processes that read pictures; ``None`` for one per spare core, 8 at most, and one less where a CPU
-            trains.
+            computes. Without any this process reads, files in threads.
         callbacks: More callbacks, called after the built-in ones.
         progress: Whether the plan, a progress bar and a line per epoch are shown on standard error.
 

@@ -16,7 +16,7 @@ from transferkit.ranges import MOST_PER_BATCH, MOST_WORKERS, check_whole_number
 from transferkit.reading import LostPicture, TransformedDataset
 from transferkit.sampling import EpochSampler, SampleKey
 from transferkit.sources import LabelledPictures, raw_labels
-from transferkit.transforms import Transform, is_preset
+from transferkit.transforms import Transform
 
 __all__ = ["Batches", "loader", "none_left"]
 
@@ -116,8 +116,6 @@ def _batches(
     pin_memory: bool = False,
     drop_last: bool = False,
 ) -> Batches:
-    # A quarter of the bytes to hand over from worker processes; on the way to a GPU they are page-locked at the end.
-    dataset.as_levels = is_preset(dataset.transform) and not pin_memory
     return Batches(
         dataset,
         lost=lost,
@@ -251,11 +249,11 @@ class Batches(DataLoader[Any]):
         """Go through the batches of the current epoch."""
         for batch in self._read():
             if not isinstance(batch, _Smaller):
-                yield self.pictures.finished(batch)
+                yield batch
                 continue
             self._leave_out(batch.lost)
             if batch.batch is not None:
-                yield self.pictures.finished(batch.batch)
+                yield batch.batch
             elif self.order.shuffle:
                 raise none_left(each.name for each in batch.lost)
 

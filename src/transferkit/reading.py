@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.transforms import v2
 
 from transferkit.devices import processes_per_machine, usable_cores
 from transferkit.exceptions import PictureError
@@ -76,10 +76,6 @@ class TransformedDataset(Dataset[tuple[Tensor, int] | LostPicture]):
             index, view), whatever worker process draws them. ``False`` saves the 0.1 ms this costs per picture.
         skip: Whether a file that cannot be read is given as a :class:`LostPicture` instead of raised.
 
-    Attributes:
-        as_levels: Whether the pictures of a batch are given as they come before normalisation, bytes for files, and
-            :meth:`finished` does the rest for the whole batch. For named transforms alone.
-
     Source: counter-based randomness, Salmon et al. 2011.
 
     Example:
@@ -111,7 +107,6 @@ class TransformedDataset(Dataset[tuple[Tensor, int] | LostPicture]):
         self.seed = seed
         self.augmented = augmented
         self.skip = skip
-        self.as_levels = False
 
     def __len__(self) -> int:
         """Count the pictures of the source."""
@@ -131,8 +126,9 @@ class TransformedDataset(Dataset[tuple[Tensor, int] | LostPicture]):
     def __getitems__(self, keys: Sequence[int | SampleKey]) -> list[tuple[Tensor, int] | LostPicture]:
         """Return the pictures of a batch, for which torch's ``DataLoader`` asks.
 
-        In a process that has no others to read for it, files are read in threads. What is random is drawn in this one,
-        picture by picture, since it comes from generators that all threads share.
+        Where this process has none that read for it, files are read in threads. What is random is drawn in this one,
+        picture by picture, since it comes from generators that all threads share. A named transform normalises the
+        whole batch in one go.
 
         Args:
             keys: As for a single one.
@@ -140,33 +136,35 @@ class TransformedDataset(Dataset[tuple[Tensor, int] | LostPicture]):
         Raises:
             PictureError: As there.
         """
-        samples = list(self._samples(keys, cast(Any, self.transform).levels if self.as_levels else self.transform))
-        if self.as_levels and len({sample[0].dtype for sample in samples if isinstance(sample[0], Tensor)}) > 1:
-            samples = [_in_floats(sample) for sample in samples]
+        if not is_preset(self.transform):
+            return [self[key] for key in keys]
+        samples = list(self._levels(keys))
+        alike: dict[torch.dtype, list[int]] = defaultdict(list)
+        for row, sample in enumerate(samples):
+            if not isinstance(sample, LostPicture):
+                alike[sample[0].dtype].append(row)
+        for rows in alike.values():
+            levels, labels = zip(*(samples[row] for row in rows), strict=True)
+            images = cast(Any, self.transform).normalized(torch.stack(levels))
+            for row, image, label in zip(rows, images, labels, strict=True):
+                samples[row] = image, label
         return samples
 
-    def _samples(
-        self, keys: Sequence[int | SampleKey], transform: Transform
-    ) -> Iterable[tuple[Tensor, int] | LostPicture]:
-        threads = _threads() if hasattr(self.source, "decode") and is_preset(self.transform) else None
-        if threads is None or len(keys) < 2:
-            yield from (self._sample(key, transform, self.source.__getitem__) for key in keys)
+    def _levels(self, keys: Sequence[int | SampleKey]) -> Iterable[tuple[Tensor, int] | LostPicture]:
+        """Read pictures and bring them to the network's size, before normalisation."""
+        levels = cast(Any, self.transform).levels
+        threads = _threads() if hasattr(self.source, "decode") and len(keys) > 1 else None
+        if threads is None:
+            yield from (self._sample(key, levels, self.source.__getitem__) for key in keys)
             return
         # Pillow warns of much that is harmless, and the filters belong to all threads, so none of them may change them.
         with warnings.catch_warnings(action="ignore"):
             if not self.augmented:
-                yield from threads.map(lambda key: self._sample(key, transform, self.source.decode), keys)
+                yield from threads.map(lambda key: self._sample(key, levels, self.source.decode), keys)
                 return
             ahead = [threads.submit(self.source.decode, _place(key)[1]) for key in keys]
             for key, picture in zip(keys, ahead, strict=True):
-                yield self._sample(key, transform, partial(_result, picture))
-
-    def finished(self, batch: Any) -> Any:
-        """Return a batch (images, labels) with the images float32 and normalised, as the transform makes them."""
-        if not self.as_levels:
-            return batch
-        images, labels = batch
-        return cast(Any, self.transform).normalized(images), labels
+                yield self._sample(key, levels, partial(_result, picture))
 
     def _sample(
         self, key: int | SampleKey, transform: Transform, read: Callable[[int], Any]
@@ -181,13 +179,6 @@ class TransformedDataset(Dataset[tuple[Tensor, int] | LostPicture]):
             if not (self.skip and error.path):
                 raise
             return LostPicture(index, error.path, error.cause)
-
-
-def _in_floats(sample: tuple[Tensor, int] | LostPicture) -> tuple[Tensor, int] | LostPicture:
-    if isinstance(sample, LostPicture):
-        return sample
-    levels, label = sample
-    return v2.functional.to_dtype(levels, torch.float32, scale=True), label
 
 
 def _result(picture: Future[Any], index: int) -> Any:

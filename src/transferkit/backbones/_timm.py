@@ -232,8 +232,9 @@ def model_info(architecture: str) -> tuple[int | None, int, str | None]:
     config = _config(bare, tag)
     parameters = _known_parameters().get(bare)
     if parameters is None:  # an architecture that is newer than the table
+        import timm
+
         with torch.device("meta"):
-            network = _create(bare, pretrained=False, num_classes=_own_classes(config), arguments={})
-        parameters = sum(each.numel() for each in network.parameters())
+            parameters = sum(each.numel() for each in timm.create_model(bare, pretrained=False).parameters())
     size = config.input_size[-1] if config is not None else 224
     return parameters, size, getattr(config, "license", None)
