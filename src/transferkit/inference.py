@@ -28,6 +28,8 @@ from transferkit.randomness import keeps_generators
 
 __all__ = ["ENGINES", "check_engine", "fast_forward", "micro_batch", "same_but_for_rounding"]
 
+_Step = Callable[[nn.Module, Tensor], object]
+
 ENGINES = ("eager", "compile", "onnxruntime", "openvino")
 """What can compute: torch as it is, torch's compiler, and two runtimes that are extras."""
 
@@ -213,25 +215,34 @@ def _as_it_is(module: nn.Module, images: Tensor) -> Any:
 
 
 def _improved(network: nn.Module, images: Tensor, expected: Any, engine: str, *, packed: bool) -> nn.Module:
-    """Change a copy step by step, and take back each step that changes what it gives."""
+    """Change a copy by all steps at once or, if that changes what it gives, step by step by those that do not."""
     kind = images.device.type
-    steps: list[Callable[[nn.Module, Tensor], object]] = [fold_norms]
+    steps: list[_Step] = [fold_norms]
     if engine in ("eager", "compile") and kind in ("cpu", "cuda") and images.dim() == 4:
         steps.append(_lay_channels_last)
     on_cpu = packed and engine == "eager" and kind == "cpu" and images.dtype == torch.float32
     if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         steps.append(partial(pack_convolutions, rows=micro_batch(32, *images.shape[-2:])))
         steps.append(partial(part_wide_modules, limit=_WIDE))
+    changed = _changed(network, images, expected, steps)
+    if changed is not network:
+        return changed
     for step in steps:
-        try:
-            # Weights in the processor's own order cannot be copied, and stay as they are.
-            changed = copy.deepcopy(network, {id(each): each for each in network.buffers() if each.is_mkldnn})
-            step(changed, images)
-        except Exception:  # whatever a network does that a step does not know, it runs without
-            continue
-        if _agrees(partial(changed, images), expected):
-            network = changed
+        network = _changed(network, images, expected, [step])
     return network
+
+
+def _changed(network: nn.Module, images: Tensor, expected: Any, steps: Sequence[_Step]) -> nn.Module:
+    """Return a copy changed by some steps, or the network itself where that changes what it gives."""
+    # Weights in the processor's own order cannot be copied, and stay as they are.
+    kept = {id(each): each for each in network.buffers() if each.is_mkldnn}
+    try:
+        changed = copy.deepcopy(network, kept)
+        for step in steps:
+            step(changed, images)
+    except Exception:  # whatever a network does that a step does not know, it runs without
+        return network
+    return changed if _agrees(partial(changed, images), expected) else network
 
 
 def _lay_channels_last(network: nn.Module, images: Tensor) -> None:
