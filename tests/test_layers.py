@@ -93,6 +93,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "trainer",
+        "placement",
         "gradients",
         "artifact_config",
         "rebuilding",

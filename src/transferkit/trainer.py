@@ -7,8 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,18 @@ from torchvision.transforms import v2
 from transferkit.activations import ActivationCache, Choice, Phase
 from transferkit.batches import names_of, start_epoch, windows
 from transferkit.callbacks._base import Callback, call, callback_states, restore_callbacks
-from transferkit.devices import PRECISIONS, check_compiler, make_accelerator, runs_channels_last
+from transferkit.devices import PRECISIONS, check_compiler
 from transferkit.distribution import (
-    Sharding,
     check_replicas,
     check_same_everywhere,
-    equally_many,
     load_network_state,
     load_optimizer_state,
     network_state,
     optimizer_state,
-    reshard,
     share_buffers,
     synchronised_norms,
 )
-from transferkit.evaluation import collect_logits, keeps_mode
+from transferkit.evaluation import keeps_mode
 from transferkit.exceptions import ArtifactError, CallbackError, DataError, SettingError, TransferkitError, one_line
 from transferkit.freezing import FreezePolicy, FullFinetune
 from transferkit.gradients import FiniteCheck, Gradients
@@ -41,6 +37,7 @@ from transferkit.interrupts import Interrupted, Interrupts
 from transferkit.metrics import Evaluation, evaluate_logits
 from transferkit.model import TransferModel
 from transferkit.optim import unassigned_parameters
+from transferkit.placement import Placement
 from transferkit.randomness import keeps_generators, seed_generators
 from transferkit.ranges import MOST_EPOCHS, MOST_PER_BATCH, check_number, check_seed, check_whole_number
 from transferkit.resume import refuses_odd_content
@@ -155,10 +152,10 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.seed = seed
         self.accumulate, self.clip_grad_norm = accumulate, clip_grad_norm
-        self.device_name, self.precision, self.shard = device, precision, shard
+        self.placement = Placement(device, precision, shard=shard, torch_compile=torch_compile)
         self.sync_batch_norm = sync_batch_norm
         self.activations = ActivationCache(views=0) if activations is None else activations
-        self.engine, self.torch_compile = engine, torch_compile
+        self.engine = engine
         self.frozen_pass = (0, 0)
         self.history = History()
         self.settings: Mapping[str, Any] = {}
@@ -166,9 +163,6 @@ class Trainer:
         self.epoch = self.batch = self.step = self.epochs = self.batches_per_epoch = 0
         self.loss_sums = torch.zeros(2)
         self.should_stop = False
-        self._stepper: Any = optimizer
-        self._prepared: nn.Module = model
-        self._sharding: Sharding | None = None
         self._interrupts = Interrupts()
         self._ask_every = 1
         self._finite = FiniteCheck(every=self._ask_every)
@@ -180,15 +174,20 @@ class Trainer:
         mix = v2.RandomChoice(mixes) if mixes else None
         self.gradients = Gradients(model, self.loss_function, mix)
 
-    @cached_property
+    @property
     def accelerator(self) -> Accelerator:
-        """The device and precision in use."""
-        return make_accelerator(self.device_name, self.precision)
+        """Device, precision and processes."""
+        return self.placement.accelerator
 
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-        return cast(torch.device, self.accelerator.device)
+        return self.placement.device
+
+    @property
+    def precision_used(self) -> str:
+        """``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+        return self.placement.precision
 
     @property
     def is_main_process(self) -> bool:
@@ -257,7 +256,7 @@ class Trainer:
         with keeps_mode(self.model), keeps_generators(), self._interrupts, norms:
             try:
                 self._place()
-                if self.torch_compile:
+                if self.placement.torch_compile:
                     check_compiler(self.device)  # before frozen stages run over all pictures
                 # Callbacks meet the model as its first epoch will find it.
                 self.model.freeze(self.policy.frozen_stages(self.model.stage_names, min(len(self.history), epochs - 1)))
@@ -269,7 +268,7 @@ class Trainer:
                     if phase is None or frozen != self.model.frozen:
                         phase = self._begin_phase(frozen, train_batches, val_batches)
                         wrapped = self._wrap(phase.module)
-                        self.gradients.fuse(phase.module if self._can_fuse else None)
+                        self.gradients.fuse(phase.module if self.placement.can_fuse else None)
                     self._run_epoch(wrapped, phase)
                 self._call("on_fit_end")
             except BaseException as error:
@@ -277,38 +276,29 @@ class Trainer:
                     complete = False  # other processes may not have met the error
                     self._begin_epoch()  # what was broken off within a step begins again with its epoch
                 self._tell_of(error)
-                if self.torch_compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                if self.placement.torch_compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                     raise SettingError(
                         f"torch cannot compile {self.model.name} ({one_line(error)}); leave out torch_compile"
                     ) from error
                 raise
             finally:
                 self.should_stop = False
-                self._unwrap(complete=complete)
+                self.activations.close()
+                self.placement.release(self.model, complete=complete)
         return self.history
 
     def _place(self) -> None:
-        """Put the network where it is trained, and spread it over the processes if that is asked for."""
-        self.model.to(self.device)
-        if not self.shard and runs_channels_last(self.model):
-            self.model.network.to(memory_format=torch.channels_last)
+        self.placement.place(self.model, self.optimizer)
         self.loss_function.to(self.device)
         self._ask_every = 1 if self.device.type == "cpu" else _ASK_EVERY
         self._finite = FiniteCheck(every=self._ask_every)
-        if self.shard and self._sharding is None:
-            self._sharding = Sharding(self.accelerator, self.model, self.optimizer)
 
     @property
     def _obstacle(self) -> str | None:
         """Why activations cannot be kept, whatever is frozen."""
         if self.gradients.mix is not None:
             return "mixup and cutmix mix pictures before the first stage"
-        return "the network is spread over the processes (shard)" if self.shard else None
-
-    @property
-    def _can_fuse(self) -> bool:
-        """Whether kept batch norms may be computed with the convolutions before them."""
-        return self.device.type == "cpu" and self.precision_used == "fp32" and not (self.shard or self.torch_compile)
+        return "the network is spread over the processes (shard)" if self.placement.shard else None
 
     def plan_activations(
         self, train_batches: Batches, val_batches: Batches, *, epochs: int
@@ -347,26 +337,7 @@ class Trainer:
             self._stop_if_interrupted()
 
     def _wrap(self, module: nn.Module) -> nn.Module:
-        """Wrap what is trained for the device: what synchronises gradients must know what trains."""
-        if self._stepper is not self.optimizer:
-            self.accelerator.free_memory()  # it would hold on to the model and the optimizer as wrapped before
-            self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
-        self._prepared = module
-        if self.shard:  # fully_shard looks at what trains in every pass, and has wrapped the network already
-            wrapped, self._stepper = module, self.accelerator.prepare_optimizer(self.optimizer)
-        else:
-            wrapped, self._stepper = self.accelerator.prepare(module, self.optimizer)
-            check_replicas(self.accelerator, self.model.network)
-        return cast(nn.Module, torch.compile(wrapped) if self.torch_compile else wrapped)
-
-    def _unwrap(self, *, complete: bool) -> None:
-        self.activations.close()
-        self.model.network.to(memory_format=torch.contiguous_format)
-        self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
-        self._prepared = self.model
-        if self._sharding is not None:
-            sharding, self._sharding = self._sharding, None
-            sharding.undo(complete=complete)
+        return self.placement.wrap(module, self.model, self.optimizer)
 
     def _begin_epoch(self) -> None:
         self.batch, self._seconds, self.loss_sums = 0, 0.0, torch.zeros(2)
@@ -384,7 +355,7 @@ class Trainer:
         check_replicas(self.accelerator, self.model.network)
         share_buffers(self.accelerator, self.model.network)
         self._call("on_validation_start")
-        self.val_logits = self._collect(phase.network, phase.val_batches, before_batch=self._before_validation_batch)
+        self.val_logits = self._logits(phase.network, phase.val_batches, self._before_validation_batch)
         validation = evaluate_logits(*self.val_logits, self.model.class_names)
         if not math.isfinite(validation.loss):
             lr = self.optimizer.param_groups[self.head_group]["lr"]
@@ -410,7 +381,7 @@ class Trainer:
     def _train(self, wrapped: nn.Module, batches: Batches, started: float) -> float:
         """Go through the epoch's batches that are left; returns the mean loss per picture of the whole epoch."""
         self.loss_sums = self.loss_sums.to(self.device)
-        self._stepper.zero_grad()  # what a user or a broken-off epoch left behind would move the first step
+        self.placement.stepper.zero_grad()  # what a user or a broken-off epoch left behind would move the first step
         for window in windows(batches, self.accumulate, skip=self.batch, before=self._seed_reading):
             seeds = [self._batch_seed(self.batch + position) for position in range(len(window))]
             step = self.gradients.begin(self.accelerator, wrapped, window, seeds=seeds)
@@ -446,8 +417,8 @@ class Trainer:
         first, where = self.batch + 1 - count, f"{self._where()} at lr {lr:g}"
         self._finite.note(self.loss_sums[0], norm, where, lambda: names_of(batches, first, count))
         self._call("on_before_optimizer_step")
-        self._stepper.step()
-        self._stepper.zero_grad()
+        self.placement.stepper.step()
+        self.placement.stepper.zero_grad()
         self.step += 1
 
     def _where(self) -> str:
@@ -534,12 +505,6 @@ class Trainer:
         self.loss_sums = state["sums"][self.accelerator.process_index].clone()
         self._seconds = state["seconds"]
 
-    @property
-    def precision_used(self) -> str:
-        """``"fp32"``, ``"bf16"`` or ``"fp16"``."""
-        mixed = str(self.accelerator.mixed_precision)
-        return "fp32" if mixed == "no" else mixed
-
     def evaluate(self, batches: Batches) -> Evaluation:
         """Measure the model as it is; its training mode is left as it was.
 
@@ -550,23 +515,13 @@ class Trainer:
             DataError: There are no pictures.
         """
         self.model.to(self.device)
-        logits, labels = self._collect(self.model.network, batches)
+        logits, labels = self._logits(self.model.network, batches)
         return evaluate_logits(logits, labels, self.model.class_names, temperature=self.model.temperature)
 
-    def _collect(
-        self, network: nn.Module, batches: Any, *, before_batch: Callable[[], object] | None = None
+    def _logits(
+        self, network: nn.Module, batches: Batches, before_batch: Callable[[], object] | None = None
     ) -> tuple[Tensor, Tensor]:
-        if self._sharding is not None:
-            batches = equally_many(self.accelerator, batches, self.model.preprocessing)
-        logits, labels = collect_logits(network, batches, self.device, engine=self.engine, before_batch=before_batch)
-        logits = logits[: len(labels)]
-        reshard(self.model.network)
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            parts = gather_object([(logits, labels)])
-            logits, labels = (torch.cat([part[position] for part in parts]) for position in (0, 1))
-        return logits, labels
+        return self.placement.logits(network, batches, self.model, engine=self.engine, before_batch=before_batch)
 
     def _tell_of(self, error: BaseException) -> None:
         """Tell callbacks of an error; one of theirs does not hide it, unless an interrupted run could not be saved."""
