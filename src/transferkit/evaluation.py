@@ -179,7 +179,7 @@ def _averaged(logits: list[Tensor]) -> Tensor:
 
 
 def is_worth_preparing(batches: Any, images: Tensor) -> bool:
-    """Whether there is so much to compute that :func:`fast_forward` soon makes up for the second it takes.
+    """Whether there is so much to compute that :func:`fast_forward` soon makes up for its preparation.
 
     Args:
         batches: Of which there is a number, or not.

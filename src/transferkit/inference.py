@@ -49,10 +49,10 @@ def fast_forward(
     It computes with a copy: batch norms become part of the layers before them, pictures and weights lie channels last,
     and nothing is kept for a backward pass. On the CPU a batch is cut into micro-batches (:func:`micro_batch`) which
     run side by side, each on cores of its own, so that none waits for another operation by operation; convolutions
-    take in the activation behind them; blocks that are much wider inside than outside see one picture at a time. Each
-    of these is done only if two pictures give the same afterwards, but for a ten-thousandth of the largest number; a
-    network that allows none of them runs as it is. The same pictures in the same batches give the same bits at every
-    call.
+    take in the activation behind them; blocks that are much wider inside than outside see one picture at a time. All
+    of this is done if two pictures give the same afterwards, but for a ten-thousandth of the largest number, else what
+    of it leaves them so; a network that allows none runs as it is. The same pictures in the same batches give the same
+    bits at every call.
 
     Args:
         module: A network, or anything else from images to a tensor (B, …) or nested tuples of such. It is left as it
