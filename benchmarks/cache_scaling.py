@@ -30,7 +30,7 @@ def make_pictures(folder: Path, count: int) -> None:
     """Write JPEG pictures of two classes, a tenth of them for validation."""
     generator = np.random.default_rng(0)
     for index in range(count):
-        part = "val" if index % 10 == 0 else "train"
+        part = "val" if index // 2 % 10 == 0 else "train"
         place = folder / part / ("dark" if index % 2 else "light")
         place.mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 128, (SIDE, SIDE, 3), dtype=np.uint8) + np.uint8(100 * (1 - index % 2))
