@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ranges",
         "preprocessing",
         "randomness",
+        "closeness",
         "heads",
         "calibration",
         "metrics",

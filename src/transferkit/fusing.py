@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from transferkit.closeness import same_but_for_rounding
 from transferkit.evaluation import undisturbed
-from transferkit.inference import same_but_for_rounding
 from transferkit.randomness import seed_generators
 from transferkit.watching import Seen, activation_behind, watch, what_is_left
 

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from transferkit.closeness import same_but_for_rounding
 from transferkit.exceptions import SettingError, one_line
 from transferkit.export import frozen_copy, onnx_program, onnx_session
 from transferkit.folding import fold_norms, pack_convolutions, part_wide_modules
 from transferkit.randomness import keeps_generators
 
-__all__ = ["ENGINES", "check_engine", "fast_forward", "micro_batch", "same_but_for_rounding"]
+__all__ = ["ENGINES", "check_engine", "fast_forward", "micro_batch"]
 
 _Step = Callable[[nn.Module, Tensor], object]
 
@@ -271,34 +272,6 @@ def _agrees(compute: Callable[[], Any], expected: Any) -> bool:
         return same_but_for_rounding(compute(), expected)
     except Exception:  # as in _improved
         return False
-
-
-def same_but_for_rounding(given: Any, expected: Any) -> bool:
-    """Whether all tensors agree, but for what another order of the same operations may change.
-
-    Args:
-        given: A tensor, or nested tuples, lists and dicts of such.
-        expected: The same; its largest number is what differences are measured by, a ten-thousandth on the CPU.
-
-    Example:
-        >>> same_but_for_rounding(torch.tensor([1.00001, 2]), torch.tensor([1.0, 2]))
-        True
-    """
-    leaves, wanted = tree_leaves(given), tree_leaves(expected)
-    return len(leaves) == len(wanted) and all(
-        _tensors_close(*pair) if isinstance(pair[1], Tensor) else pair[0] == pair[1]
-        for pair in zip(leaves, wanted, strict=True)
-    )
-
-
-def _tensors_close(given: Tensor, expected: Tensor) -> bool:
-    if given.shape != expected.shape or given.dtype != expected.dtype:
-        return False
-    if not expected.is_floating_point() or not expected.numel():
-        return torch.equal(given, expected)
-    # Accelerators may multiply in ten bits (TF32).
-    share = max(8 * torch.finfo(expected.dtype).eps, 1e-4 if expected.device.type == "cpu" else 2e-3)
-    return float((given - expected).abs().max()) <= share * float(expected.abs().max())
 
 
 def _checked(engine: str, network: nn.Module, images: Tensor, expected: Any) -> Callable[[Tensor], Any]:

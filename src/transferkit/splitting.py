@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from transferkit.closeness import same_but_for_rounding
 from transferkit.cutting import Halves, cut_at_heads, cut_graph, made_images
 from transferkit.evaluation import undisturbed
 from transferkit.exceptions import SplitError
@@ -19,6 +19,8 @@ from transferkit.randomness import seed_generators
 from transferkit.tracing import Host, cannot, in_words
 
 __all__ = ["Prefix", "Split", "Suffix", "split"]
+
+_WITHIN = 1.2e-5  # the same operations in the same order: a hundred units of single precision's last digit
 
 
 class Prefix(Host):
@@ -191,7 +193,9 @@ def _checked(model: TransferModel, halves: Halves) -> Split:
             except Exception as error:
                 raise cannot(model, f"the halves do not run ({in_words(error)})") from error
             overwritten |= {place for place, each in enumerate(kept) if each._version != versions[place]}
-            same = _close(given, expected) and _close(list(model.network.buffers()), statistics, least=1.0)
+            same = same_but_for_rounding(given, expected, within=_WITHIN) and same_but_for_rounding(
+                list(model.network.buffers()), statistics, within=_WITHIN, least=1.0
+            )
         if not same:
             raise cannot(model, f"the halves give other results in {'training' if training else 'eval'} mode")
     return Split(
@@ -203,20 +207,3 @@ def _checked(model: TransferModel, halves: Halves) -> Split:
         Suffix(model.network, halves, overwritten=frozenset(overwritten)),
         model,
     )
-
-
-def _close(given: Any, expected: Any, *, least: float = 0.0) -> bool:
-    """Whether all tensors agree but for what rounding leaves of their largest number, 1e-5 in single precision."""
-    leaves, wanted = tree_leaves(given), tree_leaves(expected)
-    return len(leaves) == len(wanted) and all(
-        _tensors_close(*pair, least) if isinstance(pair[0], Tensor) else pair[0] == pair[1]
-        for pair in zip(leaves, wanted, strict=True)
-    )
-
-
-def _tensors_close(given: Tensor, expected: Tensor, least: float) -> bool:
-    if given.shape != expected.shape or not expected.is_floating_point() or not expected.numel():
-        return torch.equal(given, expected)
-    # Accelerators may multiply in ten bits (TF32) and choose another kernel the second time.
-    share = max(100 * torch.finfo(expected.dtype).eps, 0.0 if expected.device.type == "cpu" else 1e-3)
-    return torch.allclose(given, expected, rtol=0, atol=share * max(least, float(expected.abs().max())))
