@@ -39,6 +39,14 @@ def test_types_of_few_digits_may_differ_in_their_last_ones() -> None:
     assert not same_but_for_rounding(expected + 0.1, expected)
 
 
+def test_equal_infinities_are_equal_and_hide_nothing() -> None:
+    bounds = torch.tensor([-torch.inf, 1.0, torch.inf])
+    assert same_but_for_rounding(bounds.clone(), bounds)
+    assert same_but_for_rounding(torch.tensor(torch.inf), torch.tensor(torch.inf))
+    assert not same_but_for_rounding(torch.tensor([-torch.inf, 2.0, torch.inf]), bounds)
+    assert not same_but_for_rounding(-bounds, bounds)
+
+
 @pytest.mark.parametrize(
     ("found", "expected"),
     [

@@ -16,7 +16,7 @@ def same_but_for_rounding(given: Any, expected: Any, *, within: float = 1e-4, le
 
     Args:
         given: A tensor, or nested tuples, lists and dicts of such.
-        expected: The same; the largest number of each is what differences in it are measured by.
+        expected: The same; the largest finite number of each is what differences in it are measured by.
         within: The share of it that they may have on a CPU. The default allows for another order of the same
             operations. Types of few digits may have eight units of their last one, and accelerators 0.002, since they
             may multiply in ten bits (TF32).
@@ -41,4 +41,6 @@ def _tensors_close(given: Any, expected: Tensor, within: float, least: float) ->
     if not expected.is_floating_point() or not expected.numel():
         return torch.equal(given, expected)
     share = max(within, 8 * torch.finfo(expected.dtype).eps, 0.0 if expected.device.type == "cpu" else 2e-3)
-    return float((given - expected).abs().max()) <= share * max(least, float(expected.abs().max()))
+    largest = float(expected.where(expected.isfinite(), 0).abs().max())
+    close = (given - expected).abs() <= share * max(least, largest)
+    return bool((close | (given == expected)).all())  # the difference of equal infinities is no number
