@@ -19,12 +19,20 @@ def test_another_order_of_the_same_sum_is_the_same(seed: int, power: int) -> Non
 
 
 @settings(deadline=None)
-@given(share=st.floats(-3e-4, 3e-4), within=st.sampled_from([1e-5, 1e-4]))
-def test_differences_count_as_a_share_of_the_largest_number(share: float, within: float) -> None:
+@given(share=st.floats(-3e-4, 3e-4), reordered=st.booleans())
+def test_differences_count_as_a_share_of_the_largest_number(share: float, reordered: bool) -> None:
     expected = torch.tensor([0.0, 1000.0])
     moved = expected + torch.tensor([1000 * share, 0.0])
-    if abs(abs(share) - within) > 1e-7:
-        assert same_but_for_rounding(moved, expected, within=within) == (abs(share) < within)
+    limit = 1e-4 if reordered else 100 * torch.finfo(torch.float32).eps
+    if abs(abs(share) - limit) > 1e-7:
+        assert same_but_for_rounding(moved, expected, reordered=reordered) == (abs(share) < limit)
+
+
+def test_what_ran_in_the_same_order_is_held_to_the_digits_of_its_type() -> None:
+    expected = torch.tensor([1.0], dtype=torch.float64)
+    assert same_but_for_rounding(expected + 1e-6, expected)
+    assert not same_but_for_rounding(expected + 1e-6, expected, reordered=False)
+    assert same_but_for_rounding(expected + 1e-14, expected, reordered=False)
 
 
 def test_small_tensors_can_be_measured_by_something_larger() -> None:

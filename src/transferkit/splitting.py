@@ -20,8 +20,6 @@ from transferkit.tracing import Host, cannot, in_words
 
 __all__ = ["Prefix", "Split", "Suffix", "split"]
 
-_WITHIN = 1.2e-5  # the same operations in the same order: a hundred units of single precision's last digit
-
 
 class Prefix(Host):
     """The half that is frozen: from pictures to what the suffix needs to know of them.
@@ -193,8 +191,8 @@ def _checked(model: TransferModel, halves: Halves) -> Split:
             except Exception as error:
                 raise cannot(model, f"the halves do not run ({in_words(error)})") from error
             overwritten |= {place for place, each in enumerate(kept) if each._version != versions[place]}
-            same = same_but_for_rounding(given, expected, within=_WITHIN) and same_but_for_rounding(
-                list(model.network.buffers()), statistics, within=_WITHIN, least=1.0
+            same = same_but_for_rounding(given, expected, reordered=False) and same_but_for_rounding(
+                list(model.network.buffers()), statistics, reordered=False, least=1.0
             )
         if not same:
             raise cannot(model, f"the halves give other results in {'training' if training else 'eval'} mode")
