@@ -14,15 +14,13 @@ import statistics
 from pathlib import Path
 
 import torch
-from head_lr import NETWORKS, head_inputs_of
+from head_lr import NETWORKS, Part, head_inputs_of, trained
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from transferkit import create_model, image_folder
 from transferkit.heads import Head, build_head
-from transferkit.schedules import Cosine, Progress
 
 NAME = "torchvision/mobilenet_v2"
 STRENGTHS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 1e-1, 1, 10)  # scikit-learn's C: smaller is more regularised
@@ -40,44 +38,15 @@ HEADS = {
     "first weights zero": {"zero": True},
 }
 DECAYS = (0.01, 1, 10, 30, 100, 300)
-Part = tuple[Tensor, Tensor]
 
 
-def trained(
-    train: Part,
-    val: Part,
-    seed: int,
-    *,
-    lr: float = LR,
-    batch: int = BATCH,
-    weight_decay: float = 0.01,
-    dropout: float = 0.2,
-    smoothing: float = 0.0,
-    zero: bool = False,
-) -> list[float]:
-    """Return the validation accuracy of each epoch; a dropout of 0.2 is the network's own."""
+def accuracies(train: Part, val: Part, seed: int, *, zero: bool = False, **change: float) -> list[float]:
+    """Train a fresh head, and return the validation accuracy of each epoch; a dropout of 0.2 is the network's own."""
     torch.manual_seed(seed)
-    (inputs, labels), (val_inputs, val_labels) = train, val
-    head = build_head(nn.Linear(inputs.shape[1], 1), Head(int(labels.max()) + 1))
+    head = build_head(nn.Linear(train[0].shape[1], 1), Head(int(train[1].max()) + 1))
     if zero:
         nn.init.zeros_(head.weight)
-    groups = [{"params": [head.weight], "weight_decay": weight_decay}, {"params": [head.bias], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
-    per_epoch = -(-len(inputs) // batch)
-    step, accuracies = 0, []
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(inputs)).split(batch):
-            factor = Cosine().factor(Progress(step=step, steps=EPOCHS * per_epoch, steps_per_epoch=per_epoch))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-            logits = head(F.dropout(inputs[rows], dropout))
-            F.cross_entropy(logits, labels[rows], label_smoothing=smoothing).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-        with torch.no_grad():
-            accuracies.append((head(val_inputs).argmax(1) == val_labels).float().mean().item())
-    return accuracies
+    return trained(head, train, val, **{"lr": LR, "epochs": EPOCHS, "batch": BATCH, "dropout": 0.2} | change)
 
 
 def cross_validated(train: Part, weight_decay: float) -> str:
@@ -87,7 +56,7 @@ def cross_validated(train: Part, weight_decay: float) -> str:
     for seed in range(3):
         folds = StratifiedKFold(5, shuffle=True, random_state=seed).split(inputs, labels)
         parts = [((inputs[kept], labels[kept]), (inputs[out], labels[out])) for kept, out in folds]
-        means.append(statistics.mean(trained(*part, seed, weight_decay=weight_decay)[-1] for part in parts))
+        means.append(statistics.mean(accuracies(*part, seed, weight_decay=weight_decay)[-1] for part in parts))
     return spread(means)
 
 
@@ -111,7 +80,7 @@ def main() -> None:
         print(", ".join(scores))
         print("\n| head | best of 25 epochs | last epoch |\n|---|---|---|")
         for name, change in HEADS.items():
-            runs = [trained(train, val, seed, **change) for seed in SEEDS]
+            runs = [accuracies(train, val, seed, **change) for seed in SEEDS]
             best, last = [max(run) for run in runs], [run[-1] for run in runs]
             print(f"| {name} | {spread(best)} | {spread(last)} |", flush=True)
         print("\n| weight decay | cross-validated |\n|---|---|")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from default_recipe import spread
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transferkit import create_model, image_folder, loader
@@ -26,9 +26,10 @@ NETWORKS = {
 }
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 EPOCHS, BATCH = 5, 32
+Part = tuple[Tensor, Tensor]
 
 
-def head_inputs_of(model, source) -> tuple[Tensor, Tensor]:
+def head_inputs_of(model, source) -> Part:
     """Collect what the head receives; SqueezeNet's convolutional head gets maps, kept whole."""
     received: list[Tensor] = []
     head = model.network.get_submodule(model.head_paths[0])
@@ -43,28 +44,46 @@ def head_inputs_of(model, source) -> tuple[Tensor, Tensor]:
     return torch.cat(received), torch.cat(labels)
 
 
-def probe(model, train, val, lr: float, seed: int) -> float:
-    """Train a fresh head as the Trainer would, and return the best epoch's validation accuracy."""
-    torch.manual_seed(seed)
-    old = model.network.get_submodule(model.head_paths[0])
-    head = build_head(old, Head(len(model.class_names)))
+def trained(
+    head: nn.Module,
+    train: Part,
+    val: Part,
+    *,
+    lr: float,
+    epochs: int = EPOCHS,
+    batch: int = BATCH,
+    weight_decay: float = 0.01,
+    dropout: float = 0.0,
+    smoothing: float = 0.0,
+) -> list[float]:
+    """Train a head on its inputs as the Trainer would, and return the validation accuracy of each epoch."""
     (inputs, labels), (val_inputs, val_labels) = train, val
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
-    per_epoch = -(-len(inputs) // BATCH)
-    logits_of = (lambda x: F.relu(head(x)).mean((2, 3))) if isinstance(head, torch.nn.Conv2d) else head
-    step, best = 0, 0.0
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(inputs)).split(BATCH):
-            factor = Cosine().factor(Progress(step=step, steps=EPOCHS * per_epoch, steps_per_epoch=per_epoch))
-            optimizer.param_groups[0]["lr"] = lr * factor
-            loss = F.cross_entropy(logits_of(inputs[rows]), labels[rows])
+    biases = {"params": [each for each in head.parameters() if each.dim() == 1], "weight_decay": 0.0}
+    weights = {"params": [each for each in head.parameters() if each.dim() > 1], "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW([weights, biases], lr=lr)
+    per_epoch = -(-len(inputs) // batch)
+    logits_of = (lambda x: F.relu(head(x)).mean((2, 3))) if isinstance(head, nn.Conv2d) else head
+    step, accuracies = 0, []
+    for _ in range(epochs):
+        for rows in torch.randperm(len(inputs)).split(batch):
+            factor = Cosine().factor(Progress(step=step, steps=epochs * per_epoch, steps_per_epoch=per_epoch))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            logits = logits_of(F.dropout(inputs[rows], dropout))
             optimizer.zero_grad()
-            loss.backward()
+            F.cross_entropy(logits, labels[rows], label_smoothing=smoothing).backward()
             optimizer.step()
             step += 1
         with torch.no_grad():
-            best = max(best, (logits_of(val_inputs).argmax(1) == val_labels).float().mean().item())
-    return best
+            accuracies.append((logits_of(val_inputs).argmax(1) == val_labels).float().mean().item())
+    return accuracies
+
+
+def probe(model, train: Part, val: Part, lr: float, seed: int) -> float:
+    """Train a fresh head, and return the best epoch's validation accuracy."""
+    torch.manual_seed(seed)
+    head = build_head(model.network.get_submodule(model.head_paths[0]), Head(len(model.class_names)))
+    return max(trained(head, train, val, lr=lr))
 
 
 def longer(assets: Path) -> None:
